@@ -1,0 +1,123 @@
+"""Jupyter-first workbench for DeepSpeed ZeRO-3 QLoRA: configure, launch, trace, read back, compare.
+
+Everything here is loaded when it is first used, so ``import qz3_widgets`` is quick and brings no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .analysis.compare import Comparison, compare
+    from .analysis.summary import summarize
+    from .config.changes import apply_overrides, diff, with_changes
+    from .config.io import ConfigError, dump_config, load_config, loads_config, save_config
+    from .config.presets import PRESETS, preset
+    from .config.schema import RunConfig
+    from .demo import demo_configs, prepare_demo
+    from .launch.directory import render_into
+    from .launch.process import resume, start, stop
+    from .plan.capabilities import Capabilities, detect, imagine
+    from .plan.plan import Plan, PlanError, make_plan
+    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks
+    from .plotting.report import export_html
+    from .runs.store import Run, RunNotFound, list_runs, open_run
+    from .widgets.live import LiveRun, watch
+
+_HOME: dict[str, str] = {
+    "Capabilities": ".plan.capabilities",
+    "Comparison": ".analysis.compare",
+    "ConfigError": ".config.io",
+    "LiveRun": ".widgets.live",
+    "PRESETS": ".config.presets",
+    "Plan": ".plan.plan",
+    "PlanError": ".plan.plan",
+    "Run": ".runs.store",
+    "RunConfig": ".config.schema",
+    "RunNotFound": ".runs.store",
+    "apply_overrides": ".config.changes",
+    "compare": ".analysis.compare",
+    "demo_configs": ".demo",
+    "detect": ".plan.capabilities",
+    "diff": ".config.changes",
+    "dump_config": ".config.io",
+    "export_html": ".plotting.report",
+    "imagine": ".plan.capabilities",
+    "list_runs": ".runs.store",
+    "load_config": ".config.io",
+    "loads_config": ".config.io",
+    "make_plan": ".plan.plan",
+    "open_run": ".runs.store",
+    "plot_loss": ".plotting",
+    "plot_memory": ".plotting",
+    "plot_memory_compare": ".plotting",
+    "plot_peaks": ".plotting",
+    "prepare_demo": ".demo",
+    "preset": ".config.presets",
+    "render_into": ".launch.directory",
+    "resume": ".launch.process",
+    "save_config": ".config.io",
+    "start": ".launch.process",
+    "stop": ".launch.process",
+    "summarize": ".analysis.summary",
+    "watch": ".widgets.live",
+    "with_changes": ".config.changes",
+}
+"""Public name to the module that has it."""
+
+__all__ = [
+    "PRESETS",
+    "Capabilities",
+    "Comparison",
+    "ConfigError",
+    "LiveRun",
+    "Plan",
+    "PlanError",
+    "Run",
+    "RunConfig",
+    "RunNotFound",
+    "__version__",
+    "apply_overrides",
+    "compare",
+    "demo_configs",
+    "detect",
+    "diff",
+    "dump_config",
+    "export_html",
+    "imagine",
+    "list_runs",
+    "load_config",
+    "loads_config",
+    "make_plan",
+    "open_run",
+    "plot_loss",
+    "plot_memory",
+    "plot_memory_compare",
+    "plot_peaks",
+    "prepare_demo",
+    "preset",
+    "render_into",
+    "resume",
+    "save_config",
+    "start",
+    "stop",
+    "summarize",
+    "watch",
+    "with_changes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

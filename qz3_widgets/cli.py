@@ -1,0 +1,273 @@
+"""The ``qz3`` command. Exit codes: 0 fine, 1 the run failed, 2 bad input (one message, no traceback)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .config.changes import apply_overrides
+from .config.io import dump_config, load_config
+from .config.presets import PRESET_GPUS, PRESETS, preset, preset_description
+from .config.schema import RunConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="QLoRA with DeepSpeed ZeRO-3: configure, launch, trace, read back, compare.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, as 'qz3 init' writes it.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field; may be repeated.")
+]
+RunsDir = Annotated[Path, typer.Option(envvar="QZ3_RUNS_DIR", help="Folder of the run directories.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run id, its beginning, a path, or 'latest'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Return at once; the run goes on by itself.")]
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """List the presets and the hardware each is meant for."""
+    rows = [
+        {"name": name, "description": preset_description(name), "meant_for": str(PRESET_GPUS[name])} for name in PRESETS
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        out.print(f"{row['name']:<{width}}  {row['meant_for']:<16}  {row['description']}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="See 'qz3 presets'.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output if empty.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a preset as a YAML file to start from, every field with what it means."""
+    text = dump_config(apply_overrides(preset(name), overrides or []))
+    if output is None:
+        print(text, end="")  # noqa: T201 - the document itself
+        return
+    if output.exists():
+        raise ValueError(f"{output} exists; name another file or remove it")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{output} can't be written: {error.strerror or error}") from error
+    err.print(f"wrote {escape(str(output))}; next: qz3 run {escape(str(output))}")
+
+
+@app.command()
+def render(config: ConfigFile, directory: Annotated[Path, typer.Argument(metavar="DIR")], overrides: Overrides = None) -> None:
+    """Write everything that a run needs into DIR, without starting it: 'bash DIR/launch.sh' does."""
+    from .launch.directory import render_into
+    from .launch.process import choose_port
+    from .plan.plan import make_plan
+
+    plan = make_plan(_load(config, overrides))
+    _show_issues(plan.issues)
+    plan.raise_if_blocked()
+    layout = render_into(plan, directory, port=choose_port(plan.config.launch))
+    err.print(f"wrote {escape(str(layout.root))}; next: bash {escape(str(layout.launch_sh))}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    detach: Detach = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run and follow it to its end. Ctrl-C stops it; what it recorded stays."""
+    from .launch.process import start
+    from .plan.plan import make_plan
+
+    plan = make_plan(_load(config, overrides))
+    _show_issues(plan.issues)
+    _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
+
+
+@app.command()
+def resume(name: RunName, runs_dir: RunsDir = Path("runs"), detach: Detach = False, as_json: AsJson = False) -> None:
+    """Go on from a run's newest checkpoint."""
+    from .launch.process import resume as resume_run
+
+    _follow_and_exit(resume_run(_open(name, runs_dir).layout.root), detach=detach, as_json=as_json)
+
+
+@app.command()
+def stop(name: RunName, runs_dir: RunsDir = Path("runs"), grace_seconds: float = 10.0) -> None:
+    """Stop a run: its processes are asked to end, then killed."""
+    from .launch.process import stop as stop_run
+
+    out.print(stop_run(_open(name, runs_dir).layout.root, grace_seconds).message, markup=False)
+
+
+@app.command()
+def runs(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs, newest first."""
+    from .analysis.summary import summarize
+    from .runs.store import list_runs
+    from .terminal import runs_table
+
+    found = list_runs(runs_dir)
+    summaries, damaged = [], []
+    for each in found:
+        try:
+            summaries.append(summarize(each))
+        except ValueError as error:  # one damaged run must not hide the others
+            damaged.append({"run_id": each.run_id, "state": "damaged", "problem": str(error)})
+    if as_json:
+        _print_json([*({k: v for k, v in s.items() if k != "config"} for s in summaries), *damaged])
+        return
+    if not found:
+        out.print(f"no runs in {escape(str(runs_dir))} yet; 'qz3 demo' makes two")
+    elif summaries:
+        out.print(runs_table(summaries))
+    for row in damaged:
+        err.print(f"{escape(row['run_id'])} can't be read: {escape(row['problem'])}")
+
+
+@app.command()
+def show(name: RunName, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+    """Show one run: state, losses, speed, peaks per rank and phase; which rank failed, and when."""
+    from .analysis.summary import summarize
+    from .terminal import show_summary
+
+    summary = summarize(_open(name, runs_dir))
+    if as_json:
+        _print_json(summary)
+    else:
+        show_summary(summary, out)
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN...")],
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: what differs in their configurations, and their figures with the better one marked."""
+    from .analysis.compare import compare as compare_runs
+    from .terminal import show_comparison
+
+    comparison = compare_runs([_open(name, runs_dir) for name in names])
+    if as_json:
+        _print_json(comparison.to_json())
+    else:
+        show_comparison(comparison, out)
+
+
+@app.command()
+def export(
+    names: Annotated[list[str], typer.Argument(metavar="RUN... FILE.html")], runs_dir: RunsDir = Path("runs")
+) -> None:
+    """Write one or more runs as a single HTML file that needs nothing else."""
+    from .plotting.report import export_html
+
+    *chosen, target = names
+    if not chosen or not target.endswith((".html", ".htm")):
+        raise ValueError("name at least one run, and then a file that ends in .html: qz3 export RUN FILE.html")
+    written = export_html([_open(name, runs_dir) for name in chosen], Path(target))
+    err.print(f"wrote {escape(str(written))}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    runs_dir: RunsDir = Path("runs"),
+    overrides: Overrides = None,
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Only unpack the model and the data.")] = False,
+) -> None:
+    """Two short ZeRO-3 QLoRA runs of a real model on real text, and what came of them."""
+    from .terminal import run_demo
+
+    failed = run_demo(runs_dir, overrides or [], out, prepare_only=prepare_only)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def lab(
+    notebook: Annotated[Path | None, typer.Argument(help="Notebook to open; the first tutorial if empty.")] = None,
+) -> None:
+    """Open JupyterLab on the notebooks."""
+    folder = Path(__file__).resolve().parents[1] / "notebooks"
+    target = notebook if notebook is not None else folder / "00_start_here.ipynb"
+    if not target.exists():
+        raise ValueError(f"{target} does not exist; name a notebook")
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", str(target)]))
+
+
+def main() -> None:
+    """Entry point of the command: errors that a user can mend are one message and exit code 2."""
+    # Typer shows usage errors itself, with exit code 2.
+    try:
+        app()
+    except ValueError as error:
+        for number, line in enumerate(str(error).splitlines() or ["unknown error"]):
+            err.print(f"[red]error:[/] {escape(line)}" if number == 0 else escape(line), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # 'qz3 runs | head'
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    return apply_overrides(load_config(path), overrides or [])
+
+
+def _open(name: str, runs_dir: Path) -> Any:
+    from .runs.store import open_run
+
+    return open_run(name, runs_dir)
+
+
+def _show_issues(issues: Any) -> None:
+    for issue in issues:
+        if issue.severity != "error":
+            err.print(f"{issue.severity}: {escape(str(issue))}", soft_wrap=True)
+
+
+def _follow_and_exit(started: Any, *, detach: bool, as_json: bool) -> None:
+    from .analysis.summary import summarize
+    from .launch.process import stop as stop_run
+    from .terminal import follow, show_summary
+
+    err.print(f"run {escape(started.run_id)} in {escape(str(started.layout.root))}", soft_wrap=True)
+    if detach:
+        if as_json:
+            _print_json(started.status.to_json())
+        return
+    try:
+        status = follow(started, err)
+    except KeyboardInterrupt:
+        err.print("stopping the run; what it recorded stays")
+        status = stop_run(started.layout.root).status
+    summary = summarize(started)
+    if as_json:
+        _print_json(summary)
+    else:
+        show_summary(summary, out)
+    if status.state == "failed":
+        err.print(f"the logs are in {escape(str(started.layout.logs_dir))}", soft_wrap=True)
+    raise typer.Exit({"succeeded": 0, "cancelled": 130}.get(status.state, 1))
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))  # noqa: T201 - the document itself

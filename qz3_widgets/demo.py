@@ -1,0 +1,70 @@
+"""The demo: a real small model, real dialogues, two short runs that differ in one thing worth comparing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .config.changes import with_changes
+from .config.paths import default_cache_dir
+from .config.presets import demo
+from .config.schema import RunConfig
+from .launch.directory import find_launcher
+from .plan.capabilities import Capabilities, detect
+
+HELD_OUT = "tech_support_held_out.jsonl"
+
+
+def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
+    """Unpack the demo's model and dialogues, once; returns their folder.
+
+    It runs in a process of its own, so that the caller's stays free of torch.
+
+    Raises:
+        ValueError: the packages with the model or the dialogues are missing; the message says what to install.
+    """
+    target = default_cache_dir() if folder is None else folder
+    command = [sys.executable, str(find_launcher("prepare_demo.py")), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            say(line.rstrip())
+        errors = process.stderr.read()
+    if process.returncode != 0:
+        last = [line for line in errors.splitlines() if line.strip()] or ["it ended without a word"]
+        raise ValueError(f"the demo could not be prepared: {last[-1].removeprefix('error: ')}")
+    return target
+
+
+def demo_configs(machine: Capabilities | None = None, *, folder: Path | None = None) -> tuple[RunConfig, RunConfig]:
+    """The demo's two runs on this machine: adapters on two kinds of layers, and on all of them."""
+    place = default_cache_dir() if folder is None else folder
+    base = for_machine(demo(), detect() if machine is None else machine)
+    base = with_changes(base, {"data.eval_source": str(place / HELD_OUT)})
+    few = with_changes(base, {"name": "demo-attention-r8"})
+    many = with_changes(
+        base, {"name": "demo-all-linear-r16", "lora.target_modules": "all-linear", "lora.r": 16, "lora.lora_alpha": 32}
+    )
+    return few, many
+
+
+def for_machine(config: RunConfig, machine: Capabilities) -> RunConfig:
+    """Fit the demo to the machine: one GPU is shared by both ranks; a CPU without fast bf16 computes in fp32."""
+    gpus = len(machine.usable_gpus)
+    ranks = config.launch.num_processes
+    if gpus:
+        return with_changes(config, {"launch.ranks_per_gpu": -(-ranks // min(gpus, ranks))})
+    if machine.cpu_has_fast_bf16:
+        return config
+    return with_changes(
+        config,
+        {
+            "model.dtype": "float32",
+            "quantization.bnb_4bit_compute_dtype": "float32",
+            "quantization.bnb_4bit_quant_storage": "float32",
+            "training.precision": "fp32",
+        },
+    )

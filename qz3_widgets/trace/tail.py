@@ -1,0 +1,107 @@
+"""Follows a run's traces while it writes them: each byte is read once, and memory stays bounded."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from ..runs.layout import RunLayout
+from .frames import MEMORY_SCHEMA, METRICS_SCHEMA, concat
+from .lines import parse, read_pieces
+from .reader import MemoryTrace, MetricsRecords, RankRecords, assemble, memory_files
+from .thin import thin
+
+
+class TailReader:
+    """What a run's ranks have written so far; :meth:`poll` adds what is new.
+
+    Only whole lines are taken. With nothing new a poll costs one look at each file's size.
+    """
+
+    def __init__(self, run_dir: Path | str, *, max_records: int = 20_000) -> None:
+        """Follow the run in ``run_dir``, which may have no trace yet.
+
+        Args:
+            run_dir: The run's directory.
+            max_records: Memory records kept per rank. Beyond that old ones are thinned out, and of each stretch of
+                time the smallest and the largest stay.
+
+        Raises:
+            ValueError: ``max_records`` is below 100.
+        """
+        if max_records < 100:
+            raise ValueError(f"max_records is {max_records}: at least 100 are needed to show a run")
+        self._layout = RunLayout(Path(run_dir))
+        self._max_records = max_records
+        self._ranks: dict[int, RankRecords] = {}
+        self._metrics = MetricsRecords(self._layout.metrics)
+        self._positions: dict[Path, tuple[int, int]] = {}  # inode, offset
+        self._modified: dict[int, float] = {}
+
+    def poll(self) -> bool:
+        """Read what is new; returns whether there was anything.
+
+        Raises:
+            ValueError: the run directory is gone, or a trace has another version of the format.
+        """
+        files = memory_files(self._layout.root)
+        found = [self._read_memory(rank, path) for rank, path in files.items()]
+        return self._read_metrics() or any(found)
+
+    def memory(self) -> MemoryTrace:
+        """The memory of all ranks, as far as it was read."""
+        return assemble(list(self._ranks.values()))
+
+    def metrics(self) -> pd.DataFrame:
+        """The metrics, as far as they were read; columns as in :func:`~qz3_widgets.trace.reader.read_metrics`."""
+        return self._metrics.frame()
+
+    def seconds_since_news(self, now: float | None = None) -> dict[int, float]:
+        """Rank to the seconds since its trace last grew, by the files' clock; ``now`` in seconds since the epoch."""
+        moment = time.time() if now is None else now
+        return {rank: max(0.0, moment - modified) for rank, modified in sorted(self._modified.items())}
+
+    def _read_memory(self, rank: int, path: Path) -> bool:
+        offset, stat = self._news(path)
+        self._modified[rank] = stat.st_mtime
+        if offset is None:
+            return False
+        if offset == 0:
+            self._ranks[rank] = RankRecords(rank, path)
+        records = self._ranks[rank]
+        for data, end in read_pieces(path, offset, whole_file=False):
+            records.add(parse(data, "memory", MEMORY_SCHEMA))
+            if sum(map(len, records.frames)) > self._max_records:
+                records.frames = [thin(concat(records.frames), self._max_records)]
+            offset = end
+        return self._advance(path, stat, offset)
+
+    def _read_metrics(self) -> bool:
+        path = self._layout.metrics
+        if not path.is_file():
+            return False
+        offset, stat = self._news(path)
+        if offset is None:
+            return False
+        if offset == 0:
+            self._metrics = MetricsRecords(path)
+        for data, end in read_pieces(path, offset, whole_file=False):
+            self._metrics.add(parse(data, "metrics", METRICS_SCHEMA))
+            offset = end
+        return self._advance(path, stat, offset)
+
+    def _news(self, path: Path) -> tuple[int | None, os.stat_result]:
+        """Where to read on; ``None`` if nothing is new, 0 for a file that is new or was replaced."""
+        stat = path.stat()
+        inode, offset = self._positions.get(path, (stat.st_ino, 0))
+        if inode != stat.st_ino or stat.st_size < offset:
+            return 0, stat
+        return (None if path in self._positions and stat.st_size == offset else offset), stat
+
+    def _advance(self, path: Path, stat: os.stat_result, offset: int) -> bool:
+        before = self._positions.get(path, (stat.st_ino, 0))
+        self._positions[path] = (stat.st_ino, offset)
+        return before != self._positions[path]

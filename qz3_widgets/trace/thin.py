@@ -1,0 +1,51 @@
+"""Fewer records with the same peaks: what a live view keeps of a long run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_KEEP_LARGEST = ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "host_rss_bytes")
+
+
+def thin(frame: pd.DataFrame, max_records: int) -> pd.DataFrame:
+    """Drop records of one rank so that at most ``max_records`` stay, roughly half of that after a call that drops any.
+
+    The latest quarter stays whole. Before it, time is cut into intervals, and of each interval and phase stay the
+    records with the smallest and the largest allocated memory, and with the largest peak, reserved and resident memory.
+    What precedes the first step has intervals of its own, so that a long training does not crowd out the load.
+    """
+    if len(frame) <= max_records:
+        return frame
+    whole = max(1, max_records // 4)
+    old, recent = frame.iloc[:-whole], frame.iloc[-whole:]
+    stepping = (old["phase"] == "step").groupby(old["attempt"]).cummax()
+    part = pd.factorize(old["attempt"].to_numpy() * 2 + stepping.to_numpy())[0]
+    num_intervals = max(1, max_records // (4 * (int(part.max()) + 1)))
+    while True:
+        kept = old[_extremes(old, part, num_intervals)]
+        if len(kept) <= max_records // 2 or num_intervals == 1:
+            return pd.concat([kept, recent], ignore_index=True)
+        num_intervals //= 2
+
+
+def _extremes(frame: pd.DataFrame, part: np.ndarray[Any, Any], num_intervals: int) -> np.ndarray[Any, Any]:
+    """Which records stay, as a mask."""
+    time = frame["time_seconds"].to_numpy()
+    bounds = pd.Series(time).groupby(part).agg(["min", "max"]).to_numpy()
+    first, last = bounds[part, 0], bounds[part, 1]
+    share = (time - first) / np.maximum(last - first, 1e-9)
+    interval = np.minimum((share * num_intervals).astype(np.int64), num_intervals - 1)
+    num_phases = len(frame["phase"].cat.categories)
+    group = (part * num_intervals + interval) * num_phases + frame["phase"].cat.codes.to_numpy()
+    keep = np.zeros(len(frame), np.bool)
+    for name in _KEEP_LARGEST:
+        values = frame[name].to_numpy(np.float64, na_value=-1.0)
+        order = np.lexsort((values, group))
+        change = np.flatnonzero(np.diff(group[order]))
+        keep[order[np.append(change, len(order) - 1)]] = True  # last of each group: its largest
+        if name == "allocated_bytes":
+            keep[order[np.insert(change + 1, 0, 0)]] = True  # first of each group: its smallest
+    return keep

@@ -1,0 +1,93 @@
+"""The model of a run: base found, loaded, made safe to train, and given its adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedModel, set_seed
+
+from ..config.schema import RunConfig
+from ..config.shapes import shape_file
+from .arguments import leaf_class_names, lora_kwargs, model_kwargs
+from .loading import LOADERS, BaseModel
+
+RANDOM_PREFIX = "random:"
+
+
+def find_base(config: RunConfig) -> BaseModel:
+    """Read the base model's configuration, from the hub, a folder or, for ``random:``, from a file or a known shape.
+
+    Raises:
+        ValueError: a ``random:`` name that is neither a known shape nor a ``config.json``.
+    """
+    name = config.model.name_or_path
+    options = model_kwargs(config)
+    if not name.startswith(RANDOM_PREFIX):
+        folder = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        shape = AutoConfig.from_pretrained(
+            folder, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+        )
+        return BaseModel(folder, shape, random=False)
+    file = shape_file(name.removeprefix(RANDOM_PREFIX))
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kind = values.pop("model_type")
+    shape = AutoConfig.for_model(kind, **values)
+    return BaseModel(name, shape, random=True)
+
+
+def load_base(config: RunConfig, base: BaseModel, mark: Callable[[str], None]) -> PreTrainedModel:
+    """Load by the configured strategy, and close the traps that would end training without an error."""
+    model = LOADERS[config.model.load_strategy](config, base, mark)
+    keep_weights_trainable_on_cpu(model)
+    model.config.use_cache = False
+    return model
+
+
+def keep_weights_trainable_on_cpu(model: torch.nn.Module) -> int:
+    """Forbid bitsandbytes to repack 4-bit weights for its inference kernel; returns the number of layers.
+
+    On CPUs with AVX512-BF16 a forward in eval mode repacks the weight in place for a kernel without a backward, and
+    ``train()`` does not undo it: from then on no gradient flows, without an error
+    (``bitsandbytes/nn/modules.py``, ``Linear4bit.forward``). It would break a partitioned weight as well.
+    """
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def attach_adapter(config: RunConfig, model: PreTrainedModel) -> PeftModel:
+    """Wrap the model with LoRA, the same initial weights on every rank, in bf16 where the base is quantized.
+
+    Raises:
+        ValueError: a name in ``lora.target_modules``, ``lora.modules_to_save`` or ``zero.leaf_modules`` that the model
+            does not have.
+    """
+    model.enable_input_require_grads()
+    set_seed(config.training.seed)
+    try:
+        peft_model = get_peft_model(model, LoraConfig(**lora_kwargs(config)))
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules: {error}") from error
+    _set_leaves(config, peft_model)
+    return peft_model  # type: ignore[no-any-return]
+
+
+def _set_leaves(config: RunConfig, model: torch.nn.Module) -> None:
+    names = leaf_class_names(config)
+    if not names:
+        return
+    from deepspeed.utils import set_z3_leaf_modules
+
+    classes = {type(module).__name__: type(module) for module in model.modules()}
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"zero.leaf_modules: the model has no class {', '.join(unknown)}; it has {', '.join(sorted(classes))}"
+        )
+    set_z3_leaf_modules(model, [classes[name] for name in names])

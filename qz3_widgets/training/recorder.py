@@ -1,0 +1,114 @@
+"""Records one rank's memory from its start to its end, by phase and step, into its trace file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from ..trace.records import MemoryRecord, Outcome, Phase, TraceWriter
+from .meters import Meter
+
+
+class MemoryRecorder:
+    """Marks phases and events, and samples in between from a thread of its own.
+
+    Every record carries the largest ``allocated_bytes`` since the record before it, so no peak falls between two.
+    """
+
+    def __init__(self, writer: TraceWriter, meter: Meter, *, sample_seconds: float) -> None:
+        """Begin in phase ``start``; sampling begins with :meth:`start_sampling`."""
+        self._writer = writer
+        self._meter = meter
+        self._sample_seconds = sample_seconds
+        self._phase: Phase = "start"
+        self._step = 0
+        self._process = psutil.Process()
+        # Readings reset the peak: reading and writing are one act, or two threads would share out one peak.
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase under way."""
+        return self._phase
+
+    @property
+    def step(self) -> int:
+        """The optimizer step under way, or the last one; 0 before the first."""
+        return self._step
+
+    def start_sampling(self) -> None:
+        """Sample every ``sample_seconds`` from now on."""
+        self._thread = threading.Thread(target=self._sample, name="qz3-memory", daemon=True)
+        self._thread.start()
+
+    def adopt(self, model: torch.nn.Module) -> None:
+        """See that the tensors of a model just loaded are counted."""
+        self._meter.adopt(model)
+
+    def enter(self, phase: Phase, *, step: int | None = None) -> None:
+        """End the phase under way and begin ``phase``."""
+        self.mark("phase_end")
+        self._phase = phase
+        if step is not None:
+            self._step = step
+        self.mark("phase_begin")
+
+    @contextmanager
+    def within(self, phase: Phase) -> Iterator[None]:
+        """Be in ``phase`` for the body, then go back to the phase before it."""
+        before = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def begin_step(self, step: int) -> None:
+        """Begin optimizer step ``step``."""
+        if self._phase != "step":
+            self.enter("step", step=step)
+        self._step = step
+        self.mark("step_begin")
+
+    def mark(self, event: str) -> None:
+        """Write one record now."""
+        with self._lock:
+            reading = self._meter.read()
+            record: MemoryRecord = {
+                "kind": "memory",
+                "phase": self._phase,
+                "step": self._step,
+                "event": event,
+                "allocated_bytes": reading.allocated_bytes,
+                "reserved_bytes": reading.reserved_bytes,
+                "peak_allocated_bytes": reading.peak_allocated_bytes,
+                "device_used_bytes": reading.device_used_bytes,
+                "host_rss_bytes": self._process.memory_info().rss,
+                "host_used_bytes": psutil.virtual_memory().used,
+            }
+            self._writer.append(record)
+
+    def end(self, outcome: Outcome, error: str | None = None) -> None:
+        """Stop sampling and write the last record; later calls do nothing."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self.mark("end")
+        self.write_end(outcome, error)
+
+    def write_end(self, outcome: Outcome, error: str | None) -> None:
+        """Write the end record alone: for a signal handler's thread, which must not wait for a reading."""
+        self._stopped.set()
+        self._writer.append(
+            {"kind": "end", "phase": self._phase, "step": self._step, "outcome": outcome, "error": error}
+        )
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(self._sample_seconds):
+            self.mark("sample")

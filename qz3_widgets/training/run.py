@@ -1,0 +1,121 @@
+"""The work of one rank: data, model, adapter, trainer, adapter saved; each in its phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
+
+from ..config.schema import RunConfig
+from ..runs.layout import RunLayout
+from ..trace.records import TraceWriter
+from . import model as models
+from .arguments import checkpointing_kwargs, collective_timeout, sft_kwargs
+from .data import load_examples
+from .operators import prepare_cpu_operators
+from .recorder import MemoryRecorder
+from .tokenizers import make_tokenizer
+from .trainer import RecordedTrainer, RecordingCallback, make_callbacks
+
+
+def quiet_progress_bars() -> None:
+    """Bars that redraw a line are for terminals; in a log file they are noise. Phases and steps tell the progress."""
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's part of a run."""
+
+    config: RunConfig
+    layout: RunLayout
+    recorder: MemoryRecorder
+    metrics: TraceWriter | None
+    device: str
+    resume: bool
+
+    def run(self) -> None:
+        """Train and save the adapter.
+
+        Raises:
+            ValueError: the data, the model or a field does not fit, in words for the user.
+        """
+        config, recorder = self.config, self.recorder
+        recorder.enter("data")
+        quiet_progress_bars()
+        has_eval = config.data.eval_source is not None or config.data.eval_fraction > 0
+        # DeepSpeed's configuration must be known before the model is made; TrainingArguments registers it.
+        args = SFTConfig(**sft_kwargs(config, self.layout, device=self.device, has_eval=has_eval))
+        self._connect()
+        base = models.find_base(config)
+        tokenizer = make_tokenizer(config, random_model=base.random)
+        train, held_out = load_examples(config)
+        self._say(f"{len(train)} examples to train on, {0 if held_out is None else len(held_out)} held out")
+
+        recorder.enter("load")
+        model = models.load_base(config, base, recorder.mark)
+        recorder.adopt(model)
+        recorder.enter("attach")
+        peft_model = models.attach_adapter(config, model)
+        recorder.enter("data")
+        trainer = self._make_trainer(peft_model, args, tokenizer, train, held_out)
+        recorder.enter("engine")
+        trainer.train(resume_from_checkpoint=self.resume or None)
+        if held_out is not None:
+            trainer.evaluate()
+        recorder.enter("save")
+        trainer.save_model(str(self.layout.adapter_dir))
+        # The Trainer's arguments as a pickle: nobody needs them to use the adapter, and run.yaml has them.
+        (self.layout.adapter_dir / "training_args.bin").unlink(missing_ok=True)
+        self._say(f"adapter saved in {self.layout.adapter_dir}")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            # Without this, ranks can abort at exit after a good run.
+            torch.distributed.destroy_process_group()
+
+    def _connect(self) -> None:
+        if self.config.zero.zero_stage == 0:
+            return  # accelerate has connected the ranks when it made the TrainingArguments' device
+        import deepspeed
+
+        if self.device == "cpu":
+            self.recorder.mark("operator_build_begin")
+            prepare_cpu_operators(announce=self.metrics is not None)
+            self.recorder.mark("operator_build_end")
+        backend = "gloo" if self.device == "cuda" and self.config.launch.ranks_per_gpu > 1 else None
+        deepspeed.init_distributed(dist_backend=backend, timeout=collective_timeout(self.config), verbose=False)
+
+    def _make_trainer(
+        self, model: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, train: Any, held_out: Any
+    ) -> RecordedTrainer:
+        evaluates = held_out is not None and self.config.training.eval_steps is not None
+        recording = RecordingCallback(self.recorder, self.metrics, logging_steps=self.config.training.logging_steps)
+        trainer = RecordedTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[recording, *make_callbacks(self.config, evaluates=evaluates)],
+        )
+        trainer.recorder = self.recorder
+        trainer.remove_callback(PrinterCallback)  # our own callback prints, by logging_steps
+        if len(trainer.train_dataset) == 0:
+            raise ValueError(
+                f"data.max_length: no example has a token that counts within {self.config.data.max_length} tokens; "
+                "raise it, or check data.loss_on"
+            )
+        # Set only now: TRL would switch to reentrant checkpointing under ZeRO-3 with PEFT, for the sake of a DeepSpeed
+        # older than ours, and the choice decides how much memory a step takes. The Trainer reads it in train().
+        trainer.args.activation_checkpointing_kwargs = checkpointing_kwargs(self.config)
+        return trainer
+
+    def _say(self, text: str) -> None:
+        if self.metrics is not None:
+            print(text)

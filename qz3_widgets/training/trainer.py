@@ -1,0 +1,168 @@
+"""TRL's trainer, with phases and metrics recorded, and with the callbacks that the configuration asks for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from ..config.schema import RunConfig
+from ..trace.records import MetricsRecord, TraceWriter
+from .recorder import MemoryRecorder
+
+
+class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
+    """``SFTTrainer`` that tells the recorder where it is; the arithmetic is TRL's."""
+
+    recorder: MemoryRecorder
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.recorder.mark("backward_end")
+        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
+        loss = super().compute_loss(*args, **kwargs)
+        if self.model.training:
+            self.recorder.mark("forward_end")
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation, as a phase of its own."""
+        with self.recorder.within("eval"):
+            result: dict[str, float] = super().evaluate(*args, **kwargs)
+        return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.recorder.within("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+
+class RecordingCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes memory events on every rank, and metrics on rank 0."""
+
+    def __init__(self, recorder: MemoryRecorder, metrics: TraceWriter | None, *, logging_steps: int) -> None:
+        """``metrics`` is ``None`` on ranks other than 0; every ``logging_steps`` a line is printed."""
+        self._recorder = recorder
+        self._metrics = metrics
+        self._logging_steps = logging_steps
+        self._step_began = 0.0
+        self._step_seconds = 0.0
+        self._num_tokens = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An optimizer step begins."""
+        self._recorder.begin_step(state.global_step + 1)
+        self._step_began = time.monotonic()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there, the optimizer comes."""
+        self._recorder.mark("optimizer_begin")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An optimizer step is over."""
+        self._step_seconds = time.monotonic() - self._step_began
+        self._recorder.mark("step_end")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Metrics of a step or an evaluation."""
+        if self._metrics is None or logs is None:
+            return
+        common: MetricsRecord = {
+            "kind": "metrics",
+            "step": state.global_step,
+            "epoch": float(state.epoch or 0.0),
+            "max_steps": state.max_steps,
+        }
+        if "eval_loss" in logs:
+            self._write_evaluation(common, logs)
+        elif "loss" in logs:
+            self._write_step(common, logs, state)
+
+    def _write_evaluation(self, common: MetricsRecord, logs: dict[str, float]) -> None:
+        record: MetricsRecord = {
+            **common,
+            "event": "eval",
+            "eval_loss": logs["eval_loss"],
+            "eval_seconds": logs.get("eval_runtime", 0.0),
+        }
+        self._append(record)
+        print(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+
+    def _write_step(self, common: MetricsRecord, logs: dict[str, float], state: TrainerState) -> None:
+        # TRL counts the tokens of all ranks since the start; the difference is this step's.
+        num_tokens = float(logs.get("num_tokens", 0.0))
+        tokens, self._num_tokens = num_tokens - self._num_tokens, num_tokens
+        record: MetricsRecord = {
+            **common,
+            "event": "step",
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs.get("learning_rate", 0.0)),
+            "num_tokens": int(num_tokens),
+            "step_seconds": self._step_seconds,
+            "tokens_per_second": tokens / self._step_seconds if self._step_seconds > 0 else 0.0,
+        }
+        if "grad_norm" in logs:
+            record["grad_norm"] = float(logs["grad_norm"])
+        self._append(record)
+        if state.global_step % self._logging_steps == 0 or state.global_step == state.max_steps:
+            print(
+                f"step {state.global_step} of {state.max_steps}: loss {record['loss']:.4f}, "
+                f"{self._step_seconds:.2f} s, {record['tokens_per_second']:.0f} tokens/s"
+            )
+
+    def _append(self, record: MetricsRecord) -> None:
+        if self._metrics is not None:
+            self._metrics.append(record)
+
+
+class TimeLimit(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the step in which the time is over; rank 0's clock decides for all."""
+
+    def __init__(self, seconds: float) -> None:
+        """The clock starts now."""
+        self._deadline = time.monotonic() + seconds
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask rank 0 whether the time is over: ranks that disagreed would wait for each other for ever."""
+        over = torch.tensor([float(time.monotonic() >= self._deadline)], device=args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(over, src=0)
+        if over.item() > 0:
+            control.should_training_stop = True
+
+
+def make_callbacks(config: RunConfig, *, evaluates: bool) -> list[TrainerCallback]:
+    """The callbacks behind the early limits of the configuration."""
+    callbacks: list[TrainerCallback] = []
+    if config.training.max_duration_seconds is not None:
+        callbacks.append(TimeLimit(config.training.max_duration_seconds))
+    if config.training.early_stopping_patience is not None and evaluates:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.training.early_stopping_patience))
+    return callbacks
