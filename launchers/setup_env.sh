@@ -16,6 +16,7 @@ python="$venv/bin/python"
 log="$venv/setup.log"
 marker="$venv/qz3-venv" # says that this script made the environment, and where
 ticker=""
+self="launchers/$(basename "$0")"
 
 say() { printf '%s\n' "$*"; }
 
@@ -89,7 +90,7 @@ explain_failure() { # what
   elif said "$network_down"; then
     hint="The package index can't be reached. Check the network, the proxy (https_proxy) or the mirror (pip config list)."
   elif said 'No matching distribution|ResolutionImpossible|requires a different Python'; then
-    hint="A package has no build for this Python or platform ($("$python" -V 2>&1), $(uname -sm)). Try another: QZ3_PYTHON=python3.12"
+    hint="A package has no build for this Python or platform ($("$python" -V 2>&1), $(uname -sm)). Try another: QZ3_PYTHON=python3.12 $self"
   elif said 'error: command .*(cc|c\+\+|clang|g\+\+).* failed|compiler'; then
     hint="A package had to be compiled and could not be. Debian, Ubuntu: apt install g++ python3-dev; Fedora: dnf install gcc-c++ python3-devel"
   else
@@ -132,28 +133,34 @@ find_python() { # sets base_python
         break
       fi
     done
-    [[ -n $found ]] || fail "Python 3.11 or later is needed, and none was found (python3 is $(python3 -V 2>&1 | head -n 1))." \
+    [[ -n $found ]] || fail "Python 3.11 or later is needed, and none was found (python3: $(python3 -V 2>/dev/null || echo none))." \
       "Debian 12, Ubuntu 24.04 and later: sudo apt install python3 python3-venv python3-dev; Fedora: sudo dnf install python3.12-devel; macOS: brew install python@3.12" \
-      "If it is there under another name: QZ3_PYTHON=/path/to/python3.12 $0"
+      "If it is there under another name: QZ3_PYTHON=/path/to/python3.12 $self"
   fi
   base_python="$("$found" -c 'import sys; print(getattr(sys, "_base_executable", None) or sys.executable)')"
   "$base_python" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
     fail "$("$base_python" -V) ($base_python) can't make virtual environments: its venv or ensurepip module is missing." \
-      "Debian, Ubuntu: sudo apt install python3-venv" "Or name another Python: QZ3_PYTHON=/path/to/python3.12 $0"
+      "Debian, Ubuntu: sudo apt install python3-venv" "Or name another Python: QZ3_PYTHON=/path/to/python3.12 $self"
 }
 
-free_gib() { # path, which need not exist yet
+existing_folder() { # path, which need not exist yet
   local place="$1"
   while [[ ! -d $place ]]; do place="$(dirname "$place")"; done
-  df -Pk "$place" | awk 'NR == 2 { print int($4 / 1048576) }'
+  printf '%s' "$place"
+}
+
+free_gib() { # path
+  df -Pk "$(existing_folder "$1")" | awk 'NR == 2 { print int($4 / 1048576) }'
 }
 
 check_disk() {
-  local needed=6 free
+  local needed=6 free place
+  place="$(existing_folder "$venv")"
+  [[ -w $place ]] || fail "$place can't be written to. Put the environment elsewhere: QZ3_VENV=/other/folder/venv $self"
   if [[ $torch_build == cuda ]]; then needed=14; fi
   free="$(free_gib "$venv")"
   ((free >= needed)) || fail "Too little disk space: $needed GiB are needed for the $torch_build build and the demo, $free GiB are free at $venv." \
-    "Free some space, or put the environment on another disk: QZ3_VENV=/other/disk/venv $0"
+    "Free some space, or put the environment on another disk: QZ3_VENV=/other/disk/venv $self"
 }
 
 # On the CPU, DeepSpeed compiles one small operator when it is first used: better to hear of a missing compiler now than
@@ -198,7 +205,7 @@ make_venv() {
     fail "The virtual environment $venv does not work here, and the launchers did not make it. Move it away, or set QZ3_VENV to another place."
   fi
   rm -rf "$venv"
-  mkdir -p "$venv" 2>/dev/null || fail "$venv can't be made. Set QZ3_VENV to a place that you can write to."
+  mkdir -p "$venv" 2>/dev/null || fail "$venv can't be made. Put the environment elsewhere: QZ3_VENV=/other/folder/venv $self"
   printf '%s' "$venv" >"$marker"
   : >"$log"
   step "making a virtual environment with $("$base_python" -V)" "$base_python" -m venv "$venv"
@@ -268,14 +275,14 @@ set_up_environment() { # extras: "demo" or "demo,test"
   if venv_works && is_up_to_date "$extras"; then
     say "environment is up to date: $venv"
   else
+    find_python
+    check_disk
+    check_compiler
     if ((num_gpus > 0)); then
       say "setting up: $num_gpus NVIDIA GPU(s) found, so torch's CUDA build; once, several GB, mostly download"
     else
       say "setting up: no NVIDIA GPU found, so torch's CPU build; once, about 1 GB of downloads"
     fi
-    find_python
-    check_disk
-    check_compiler
     if ! venv_works; then make_venv; fi
     touch "$log"
     say "environment: $venv (details: $log)"

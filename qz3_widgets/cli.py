@@ -54,7 +54,9 @@ def presets(as_json: AsJson = False) -> None:
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(metavar="PRESET", help="See 'qz3 presets'.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output if empty.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output if empty.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a preset as a YAML file to start from, every field with what it means."""
@@ -72,7 +74,9 @@ def init(
 
 
 @app.command()
-def render(config: ConfigFile, directory: Annotated[Path, typer.Argument(metavar="DIR")], overrides: Overrides = None) -> None:
+def render(
+    config: ConfigFile, directory: Annotated[Path, typer.Argument(metavar="DIR")], overrides: Overrides = None
+) -> None:
     """Write everything that a run needs into DIR, without starting it: 'bash DIR/launch.sh' does."""
     from .launch.directory import render_into
     from .launch.process import choose_port
@@ -194,7 +198,7 @@ def demo(
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Only unpack the model and the data.")] = False,
 ) -> None:
     """Two short ZeRO-3 QLoRA runs of a real model on real text, and what came of them."""
-    from .terminal import run_demo
+    from .terminal_demo import run_demo
 
     failed = run_demo(runs_dir, overrides or [], out, prepare_only=prepare_only)
     raise typer.Exit(1 if failed else 0)

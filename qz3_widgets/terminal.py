@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from .analysis.compare import Comparison
+from .analysis.measures import MEASURES
 from .analysis.progress import Progress as RunProgress
 from .analysis.progress import ProgressReader
 from .runs.status import Status
@@ -33,7 +35,12 @@ def follow(run: Run, console: Console) -> Status:
     reader = ProgressReader(run)
     if not console.is_terminal:
         return _follow_lines(reader, console)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[info]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[info]}"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting the ranks", total=None, info="")
         while True:
@@ -74,7 +81,9 @@ def _follow_lines(reader: ProgressReader, console: Console) -> Status:
         now = reader.read()
         if (now.doing, now.step) != shown:
             shown = (now.doing, now.step)
-            console.print(f"{now.doing}: {describe(now)}" if describe(now) else now.doing, highlight=False, markup=False)
+            console.print(
+                f"{now.doing}: {describe(now)}" if describe(now) else now.doing, highlight=False, markup=False
+            )
         if now.status.has_ended:
             return now.status
         time.sleep(_POLL_SECONDS)
@@ -128,8 +137,9 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         "steps": f"{summary['num_steps']} of {summary['max_steps'] or '?'}",
         "loss": _change(summary["first_loss"], summary["last_loss"]),
         "held-out loss": _change(summary["eval_loss_before"], summary["eval_loss_after"]),
-        "speed": "-" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,.0f} tokens/s, "
-        f"{summary['step_seconds']:.2f} s a step",
+        "speed": "-"
+        if summary["tokens_per_second"] is None
+        else f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.2f} s a step",
         "time": f"{format_duration(summary['times']['total_seconds'])}, first step after "
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
@@ -143,3 +153,34 @@ def _change(before: float | None, after: float | None) -> str:
     if before is None and after is None:
         return "-"
     return " → ".join("-" if value is None else f"{value:.3f}" for value in (before, after))
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """What ``qz3 compare`` prints: only what differs, then the figures with the better one marked."""
+    console.print(f"[bold]{escape(comparison.sentence)}[/]", soft_wrap=True)
+    names = [comparison.labels[run_id] for run_id in comparison.run_ids]
+    fields = Table(box=None, header_style="bold")
+    fields.add_column(f"{len(comparison.config_diff)} of {comparison.num_fields} fields differ", no_wrap=True)
+    figures = Table(box=None, header_style="bold")
+    figures.add_column("measure (✓ better)", no_wrap=True)
+    for name in names:
+        fields.add_column(escape(name), justify="right")
+        figures.add_column(escape(name), justify="right", no_wrap=True)
+    for path, values in comparison.config_diff.items():
+        fields.add_row(path, *(escape(str(values[run_id])) for run_id in comparison.run_ids))
+    for measure in MEASURES:
+        cells = [comparison.metrics[run_id][measure.name] for run_id in comparison.run_ids]
+        if all(cell is None for cell in cells):
+            continue
+        best = comparison.better(measure.name)
+        figures.add_row(
+            measure.label,
+            *(
+                f"[green]✓ {measure.format(cell)}[/]" if run_id in best else measure.format(cell)
+                for run_id, cell in zip(comparison.run_ids, cells, strict=True)
+            ),
+        )
+    console.print(fields)
+    console.print(figures)
+    for note in comparison.notes:
+        console.print(escape(note), soft_wrap=True)

@@ -174,13 +174,14 @@ def write_rank(layout: RunLayout, fake: Fake, rank: int, origin: float, last: bo
         "capacity_bytes": shape.capacity, "source": shape.source, "rehearsal": False, "kind": "header",
     }  # fmt: skip
     lines = [json.dumps(header, separators=(",", ":"))]
-    time, before = 0.0, 0.0
+    time, moment, before = 0.0, 0.0, 0.0
     for phase, step, event, seconds, level, peak in _profile(fake, last):
         time += seconds
+        moment = max(moment, time + noise.gauss(0, 0.004))
         size = int(level * share * (1 + noise.gauss(0, 0.0008))) if level else 0
         top = max(int(peak * share), size, int(before))
         record = {
-            "time_seconds": round(max(0.0, time + noise.gauss(0, 0.004)), 6), "kind": "memory", "phase": phase,
+            "time_seconds": round(moment, 6), "kind": "memory", "phase": phase,
             "step": step, "event": event, "allocated_bytes": size,
             "reserved_bytes": size if shape.device == "cpu" else int(top * 1.06), "peak_allocated_bytes": top,
             "device_used_bytes": int(top * 1.06) + (2 * GIB if shape.device == "cuda" else 0),
@@ -189,7 +190,7 @@ def write_rank(layout: RunLayout, fake: Fake, rank: int, origin: float, last: bo
         before = size
         lines.append(json.dumps(record, separators=(",", ":")))
     phase, step = record["phase"], record["step"]
-    end = {"time_seconds": round(time, 6), "kind": "end", "phase": phase, "step": step, "outcome": "succeeded"}
+    end = {"time_seconds": round(moment, 6), "kind": "end", "phase": phase, "step": step, "outcome": "succeeded"}
     if fake.state == "succeeded" and last:
         lines.append(json.dumps({**end, "error": None}))
     elif fake.state == "failed" and last and fake.error and rank == fake.failed_rank:

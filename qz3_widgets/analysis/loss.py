@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-DEFAULT_SPAN = 8
-"""Steps over which a loss is smoothed, unless told otherwise."""
+_LONGEST_SPAN = 8
+
+
+def default_span(num_steps: int) -> int:
+    """Steps to smooth a loss over: 8, and fewer in a short run, where an average would lag far behind a steep fall."""
+    return min(_LONGEST_SPAN, 1 + num_steps // 8)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Speed:
     tokens_per_second: float | None
 
 
-def loss_curve(metrics: pd.DataFrame, *, span: int = DEFAULT_SPAN) -> pd.DataFrame:
-    """One row per optimizer step, in order, with ``smoothed`` beside ``loss``.
+def loss_curve(metrics: pd.DataFrame, *, span: int | None = None) -> pd.DataFrame:
+    """One row per optimizer step, in order, with ``smoothed`` beside ``loss`` (over ``span`` steps).
 
     Steps that a resumed run did again count as it did them last. Other columns: ``step``, ``num_tokens``,
     ``learning_rate``, ``grad_norm``, ``step_seconds``, ``tokens_per_second``, ``time_seconds``, ``attempt``.
@@ -52,7 +56,9 @@ def loss_curve(metrics: pd.DataFrame, *, span: int = DEFAULT_SPAN) -> pd.DataFra
         "time_seconds", "attempt",
     ]  # fmt: skip
     curve = steps[columns].reset_index(drop=True)
-    curve.insert(3, "smoothed", smooth(curve["loss"].to_numpy(np.float64), span))
+    curve.insert(
+        3, "smoothed", smooth(curve["loss"].to_numpy(np.float64), default_span(len(curve)) if span is None else span)
+    )
     return curve
 
 
@@ -83,7 +89,7 @@ def smooth(values: np.ndarray[Any, np.dtype[np.float64]], span: int) -> np.ndarr
     return np.where(np.isnan(values), np.nan, average)
 
 
-def summarize_loss(metrics: pd.DataFrame, *, span: int = DEFAULT_SPAN) -> LossSummary:
+def summarize_loss(metrics: pd.DataFrame, *, span: int | None = None) -> LossSummary:
     """First and last losses, of training and of evaluation."""
     curve, evals = loss_curve(metrics, span=span), eval_curve(metrics)
     losses = curve["loss"].to_numpy(np.float64)

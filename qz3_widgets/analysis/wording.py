@@ -49,12 +49,9 @@ def _loss(comparison: Comparison) -> str | None:
         low, high = min(values.values()), max(values.values())
         if measure.same(low, high):
             return f"the {called} is the same ({low:.3f})"
-        best = _leaders(comparison, measure)
-        return (
-            f"{best} ends with the lowest {called} ({low:.3f} against {high:.3f})"
-            if len(values) > 2
-            else (f"{best} ends with the lower {called} ({low:.3f} against {high:.3f})")
-        )
+        best, many = _leaders(comparison, measure)
+        which = "lowest" if len(values) > 2 else "lower"
+        return f"{best} end{'' if many else 's'} with the {which} {called} ({low:.3f} against {high:.3f})"
     return None
 
 

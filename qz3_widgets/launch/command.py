@@ -63,6 +63,9 @@ fi
 CDPATH="" cd -- @working_dir@ || echo "launch.sh: relative paths in run.yaml start at $PWD now" >&2
 
 unset @stale@
+# What DeepSpeed compiles with (ninja) lies beside the Python of a virtual environment that nobody has activated.
+PATH=$(dirname -- "$(command -v -- "$PYTHON")"):$PATH
+export PATH
 @exports@
 
 exec @command@ "$@"

@@ -31,18 +31,23 @@ MIN_FREE_BYTES = 200 * 2**20
 """Less free space than this in the runs folder, and nothing is started: traces, logs and an adapter need some."""
 
 
-def find_train_script() -> Path:
-    """What every rank executes: beside the package in a checkout, inside it where it is installed.
+def find_launcher(name: str) -> Path:
+    """A script that runs as a process of its own: beside the package in a checkout, inside it where it is installed.
 
     Raises:
         ValueError: it is in neither place; the installation is damaged.
     """
     package = Path(__file__).resolve().parents[1]
-    places = (package.parent / "launchers" / "train_qlora.py", package / "_launchers" / "train_qlora.py")
+    places = (package.parent / "launchers" / name, package / "_launchers" / name)
     for place in places:
         if place.is_file():
             return place
-    raise ValueError(f"train_qlora.py is neither at {places[0]} nor at {places[1]}; install the package again")
+    raise ValueError(f"{name} is neither at {places[0]} nor at {places[1]}; install the package again")
+
+
+def find_train_script() -> Path:
+    """What every rank executes; see :func:`find_launcher`."""
+    return find_launcher("train_qlora.py")
 
 
 def package_root() -> Path | None:

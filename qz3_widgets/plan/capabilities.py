@@ -53,6 +53,7 @@ class Capabilities:
     gpus: tuple[Gpu, ...] = ()
     flash_attention: tuple[str, ...] | None = None  # values of model.attn_implementation whose packages are installed
     torch_has_cuda: bool | None = None
+    cpu_has_fast_bf16: bool | None = None  # instructions for it; without them bf16 is emulated, several times slower
     has_cpp_compiler: bool | None = None
     has_ninja: bool | None = None
     versions: dict[str, str] = field(default_factory=dict)  # of installed distributions
@@ -87,6 +88,7 @@ def detect() -> Capabilities:
             if package in versions and importlib.util.find_spec(module) is not None
         ),
         torch_has_cuda=_torch_has_cuda(),
+        cpu_has_fast_bf16=cpu_has_fast_bf16(_cpu_flags()),
         has_cpp_compiler=_on_path(os.environ.get("CXX") or "c++"),
         has_ninja=_on_path("ninja"),
         versions=versions,
@@ -198,6 +200,23 @@ def _torch_has_cuda() -> bool | None:
         return None
     libraries = Path(spec.submodule_search_locations[0]) / "lib"
     return any((libraries / name).exists() for name in ("libtorch_cuda.so", "torch_cuda.dll"))
+
+
+def cpu_has_fast_bf16(flags: frozenset[str] | None) -> bool | None:
+    """Whether a CPU with these flags (as Linux names them) multiplies in bf16; ``None`` if they are not known."""
+    return None if flags is None else bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_flags() -> frozenset[str] | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None  # no Linux
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86 and ARM
+            return frozenset(value.split())
+    return None
 
 
 def _num_cpus() -> int:

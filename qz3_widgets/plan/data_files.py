@@ -87,7 +87,9 @@ def _inspect(
             found.broken.append((place, item.message))
         elif not _check_row(place, item, data, source_format, found):
             break
-    issues = _issues(name, files, data, found)
+    issues = _issues(name, data, found)
+    if found.num_rows == 0 and not found.broken and budget.complete:
+        issues.append(Issue("data-empty", "error", name, f"{_name(files)} is empty: it has no examples"))
     num_examples: int | None = found.num_rows if budget.complete and not found.broken and not found.no_layout else None
     if source_format == "parquet" and num_examples is not None:
         counts = [count_parquet_rows(file) for file in files]
@@ -194,8 +196,7 @@ def message_fault(value: Any) -> str:
     return ""
 
 
-def _issues(name: str, files: tuple[Path, ...], data: DataSection, found: _Findings) -> list[Issue]:
-    where = files[0].name if len(files) == 1 else f"{files[0].parent.name}/"
+def _issues(name: str, data: DataSection, found: _Findings) -> list[Issue]:
     issues = []
     if found.broken:
         issues.append(Issue("data-malformed", "error", name, _several(found.broken)))
@@ -204,8 +205,6 @@ def _issues(name: str, files: tuple[Path, ...], data: DataSection, found: _Findi
         issues.append(Issue("data-columns", "error", name, found.no_layout, fix))
     if found.unfit:
         issues.append(Issue("data-layout", "error", name, _several(found.unfit)))
-    if found.num_rows == 0 and not found.broken:
-        issues.append(Issue("data-empty", "error", name, f"{where} is empty: it has no examples"))
     warnings: tuple[tuple[str, list[str], Callable[[int], str]], ...] = (
         ("data-empty-examples", found.empty, lambda n: f"{n} of {found.num_rows} examples have nothing to learn from"),
         (
@@ -220,9 +219,14 @@ def _issues(name: str, files: tuple[Path, ...], data: DataSection, found: _Findi
     return issues
 
 
+def _name(files: tuple[Path, ...]) -> str:
+    return files[0].name if len(files) == 1 else f"{files[0].parent.name}/"
+
+
 def _several(faults: list[tuple[str, str]]) -> str:
     place, message = faults[0]
-    rest = [other for other, _ in faults[1:]]
+    same_file = place.partition(", ")[0] + ", "
+    rest = [other.removeprefix(same_file) for other, _ in faults[1:]]
     if not rest:
         return f"{place}: {message}"
     more = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")

@@ -51,7 +51,7 @@ class Budget:
 
 
 def read_rows(path: Path, source_format: str, budget: Budget) -> Iterator[Row | Fault]:
-    """Rows of a ``jsonl``, ``csv``, ``parquet`` or ``text`` file, as far as ``budget`` goes. Bad content is no error."""
+    """Rows of a ``jsonl``, ``csv``, ``parquet`` or ``text`` file, as far as ``budget`` goes."""
     readers: dict[str, Callable[[Path, Budget], Iterator[Row | Fault]]] = {
         "jsonl": _read_json,
         "csv": _read_csv,

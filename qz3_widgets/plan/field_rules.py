@@ -95,6 +95,14 @@ def adapter(context: Context) -> Iterator[Issue]:
             "lora.modules_to_save",
             "trained in full, with gradients and optimizer state, and not sharded while they load",
         )
+    if context.config.lora.use_dora and context.config.zero.zero_stage == 3 and context.config.quantization.load_in_4bit:
+        yield Issue(
+            "dora-with-zero3-4bit",
+            "error",
+            "lora.use_dora",
+            "PEFT's DoRA layers make their base weight anew inside the forward, which ZeRO-3 can't partition in 4 bit",
+            {"lora.use_dora": False},
+        )
 
 
 def loss(context: Context) -> Iterator[Issue]:
@@ -221,7 +229,6 @@ def remote_code(context: Context) -> Iterator[Issue]:
             "warning",
             "model.trust_remote_code",
             f"Python code that comes with {context.config.model.name_or_path} runs with your rights on every rank",
-            {"model.trust_remote_code": False},
         )
 
 

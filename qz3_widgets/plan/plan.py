@@ -78,16 +78,22 @@ class Plan:
             raise PlanError(blocking)
 
     def fixed(self) -> RunConfig:
-        """The configuration with every issue's fix applied that is an error or a warning; the worst one wins a field.
+        """The configuration with the fixes of all errors and warnings applied, again until no fix is left.
 
-        Raises:
-            ConfigError: fixes that contradict each other.
+        Where two fixes want the same field, the worse issue has it. What only the user can mend stays.
         """
-        changes: dict[str, Any] = {}
-        for issue in self.issues:
-            if issue.severity != "info" and issue.fix and not changes.keys() & issue.fix.keys():
-                changes.update(issue.fix)
-        return with_changes(self.config, changes, source="fixes")
+        plan = self
+        # A fix can uncover an issue that it hid, and the longest such chain is short; a limit all the same.
+        for _ in range(8):
+            changes: dict[str, Any] = {}
+            for issue in plan.issues:
+                if issue.severity != "info" and issue.fix and not changes.keys() & issue.fix.keys():
+                    changes.update(issue.fix)
+            config = with_changes(plan.config, changes, source="fixes")
+            if config == plan.config:
+                break
+            plan = make_plan(config, self.capabilities)
+        return plan.config
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what ``plan.json`` holds."""

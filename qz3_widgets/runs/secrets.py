@@ -24,7 +24,8 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     # HF_TOKEN=abc, "api_key": "abc"
     (re.compile(rf"""(?<![A-Za-z0-9])({_SECRET_NAME}["']?\s*[=:]\s*){_VALUE}"""), r"\1***"),
     # Tokens that are known by their look.
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    # (hf_transfer and its like are no tokens: those are long, or have digits or capitals.)
+    (re.compile(r"\bhf_(?:[A-Za-z0-9]{20,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,})"), "hf_***"),
     (re.compile(r"\b(gh[pousr]_|github_pat_|sk-|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}"), r"\1***"),
     (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "AKIA***"),
 )

@@ -165,8 +165,7 @@ def _from_traces(layout: RunLayout, status: Status, *, since: float = 0.0, probl
             error=death.error or WITHOUT_A_WORD,
         )
     if "cancelled" in outcomes and len(ranks) < expected:
-        missing = sorted(set(range(expected)) - {trace.rank for trace in ranks})
-        error = f"rank {', '.join(map(str, missing))} failed before it began to record"
+        error = f"only {len(ranks)} of {expected} ranks came to record anything, and the others were asked to end"
         return dataclasses.replace(ended, state="failed", failed_at=news, error=error)
     if "cancelled" in outcomes:
         return dataclasses.replace(ended, state="cancelled", message=problem or "its ranks were asked to end")

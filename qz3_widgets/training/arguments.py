@@ -7,6 +7,7 @@ files; a test changes each field and sees that something here changes.
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+def local_or_hub(name: str) -> str:
+    """A folder's path with ``~`` spelled out, or a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
 
 
 def model_kwargs(config: RunConfig) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def tokenizer_kwargs(config: RunConfig) -> dict[str, Any]:
     model = config.model
     own = model.tokenizer_name_or_path is not None
     return {
-        "pretrained_model_name_or_path": model.tokenizer_name_or_path or model.name_or_path,
+        "pretrained_model_name_or_path": local_or_hub(model.tokenizer_name_or_path or model.name_or_path),
         "revision": "main" if own else model.revision or "main",
         "trust_remote_code": model.trust_remote_code,
     }

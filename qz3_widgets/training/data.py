@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
-from ..config.data_layout import list_data_files, resolve_layout, resolve_source_format
+from ..config.data_layout import list_data_files, num_held_out, resolve_layout, resolve_source_format
 from ..config.schema import DataSection, RunConfig
 
 _BUILDERS = {"jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text"}
@@ -27,8 +28,8 @@ def load_examples(config: RunConfig) -> tuple[Dataset, Dataset | None]:
         if data.eval_source is not None:
             held_out = _read(data.eval_source, data)
         elif data.eval_fraction > 0 and len(train) > 1:
-            count = max(1, round(len(train) * data.eval_fraction))
-            parts = train.train_test_split(test_size=min(count, len(train) - 1), seed=config.training.seed)
+            count = num_held_out(len(train), data.eval_fraction)
+            parts = train.train_test_split(test_size=count, seed=config.training.seed)
             train, held_out = parts["train"], parts["test"]
         else:
             held_out = None
@@ -43,7 +44,8 @@ def _read(source: str, data: DataSection) -> Dataset:
     else:
         files = [str(path) for path in list_data_files(source, source_format)]
         try:
-            rows = load_dataset(_BUILDERS[source_format], data_files=files, split="train")
+            options = _csv_options(files[0]) if source_format == "csv" else {}
+            rows = load_dataset(_BUILDERS[source_format], data_files=files, split="train", **options)
         except Exception as error:  # the readers of `datasets` raise their own kinds; all mean an unreadable file
             raise ValueError(f"data.source: {source}: {type(error).__name__}: {error}") from error
     if len(rows) == 0:
@@ -51,6 +53,13 @@ def _read(source: str, data: DataSection) -> Dataset:
     if data.max_examples is not None:
         rows = rows.select(range(min(data.max_examples, len(rows))))
     return _shape(rows, data, source)
+
+
+def _csv_options(file: str) -> dict[str, Any]:
+    """Cells are text: by default "NA" would be a missing value, and a column of digits a column of numbers."""
+    with open(file, encoding="utf-8-sig", newline="") as opened:
+        columns = next(csv.reader(opened), [])
+    return {"keep_default_na": False, "features": Features({name: Value("string") for name in columns})}
 
 
 def _shape(rows: Dataset, data: DataSection, source: str) -> Dataset:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
-
+from ..config.paths import default_cache_dir
 from ..config.schema import RunConfig
 from ..runs.layout import RunLayout
 from ..trace.records import MemoryHeader, TraceWriter
@@ -21,14 +22,14 @@ def main(run_dir: Path, *, resume: bool = False) -> None:
     with RankSession(layout, identity) as session:
         config = _read_config(layout)
         _choose_device(config, identity)
+        _keep_operators_by_environment()
         _train(config, layout, session, resume=resume)
 
 
 def _read_config(layout: RunLayout) -> RunConfig:
-    import yaml
+    from ..config.io import load_config
 
-    with open(layout.run_yaml, encoding="utf-8") as file:
-        return RunConfig.model_validate_json(json.dumps(yaml.safe_load(file)["resolved"]))
+    return load_config(layout.run_yaml)
 
 
 def _choose_device(config: RunConfig, identity: RankIdentity) -> None:
@@ -36,19 +37,28 @@ def _choose_device(config: RunConfig, identity: RankIdentity) -> None:
     os.environ["LOCAL_RANK"] = str(identity.local_rank // config.launch.ranks_per_gpu)
 
 
+def _keep_operators_by_environment() -> None:
+    """Cache compiled operators apart for each Python environment, and find the ninja that is installed beside Python.
+
+    torch's own cache has one place for all environments, and every change of environment compiles the operators anew.
+    """
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join(filter(None, (beside, os.environ.get("PATH"))))
+    identity = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default_cache_dir() / "native" / f"operators-{identity}"))
+
+
 def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume: bool) -> None:
     # What the libraries will rename one day is news for their authors; here it comes at every call of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
 
-    from ..config.paths import default_cache_dir
     from .meters import make_meter
     from .recorder import MemoryRecorder
 
     identity = session.identity
-    device = config.launch.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The launch files have settled what "auto" means; without them torch knows what is there.
+    device = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     local_gpu = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local_gpu)
@@ -79,5 +89,3 @@ def _metrics_writer(layout: RunLayout, identity: RankIdentity) -> TraceWriter | 
         return None
     header = {"rank": 0, "world_size": identity.world_size}
     return TraceWriter(layout.metrics, header, started=identity.pid_created)
-
-

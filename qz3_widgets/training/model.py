@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from ..config.schema import RunConfig
 from ..config.shapes import shape_file
-from .arguments import leaf_class_names, lora_kwargs, model_kwargs
+from .arguments import leaf_class_names, local_or_hub, lora_kwargs, model_kwargs
 from .loading import LOADERS, BaseModel
 
 RANDOM_PREFIX = "random:"
@@ -28,7 +27,7 @@ def find_base(config: RunConfig) -> BaseModel:
     name = config.model.name_or_path
     options = model_kwargs(config)
     if not name.startswith(RANDOM_PREFIX):
-        folder = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        folder = local_or_hub(name)
         shape = AutoConfig.from_pretrained(
             folder, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -56,6 +57,8 @@ class Work:
         base = models.find_base(config)
         tokenizer = make_tokenizer(config, random_model=base.random)
         train, held_out = load_examples(config)
+        if held_out is None:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         self._say(f"{len(train)} examples to train on, {0 if held_out is None else len(held_out)} held out")
 
         recorder.enter("load")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import re
 import signal
 import socket
 import sys
@@ -21,10 +20,10 @@ from typing import IO, Any
 import psutil
 
 from ..runs.layout import RunLayout
+from ..runs.secrets import redact
 from ..trace.records import Outcome
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{8})[A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class RankSession:
 def describe(error: BaseException) -> str:
     """An exception as one line without secrets: ``"ValueError: ..."``."""
     text = " ".join(str(error).split())
-    return _SECRET.sub(r"\1...", f"{type(error).__name__}: {text}")[:2000]
+    return redact(f"{type(error).__name__}: {text}")[:2000]
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
@@ -143,7 +142,7 @@ class _Tee:
         self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
-        text = _SECRET.sub(r"\1...", text)
+        text = redact(text)
         with self._lock:
             self._try(self._log, text)
             # A progress bar rewrites its line with carriage returns: only whole lines reach the shared log.

@@ -74,9 +74,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         """Gradients are there, the optimizer comes."""
         self._recorder.mark("optimizer_begin")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An optimizer step is over."""
         self._step_seconds = time.monotonic() - self._step_began
         self._recorder.mark("step_end")
@@ -147,9 +145,7 @@ class TimeLimit(TrainerCallback):  # type: ignore[misc]
         """The clock starts now."""
         self._deadline = time.monotonic() + seconds
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask rank 0 whether the time is over: ranks that disagreed would wait for each other for ever."""
         over = torch.tensor([float(time.monotonic() >= self._deadline)], device=args.device)
         if torch.distributed.is_initialized():

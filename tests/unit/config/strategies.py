@@ -10,8 +10,29 @@ from qz3_widgets.config import SECTIONS, ConfigError, RunConfig, from_plain
 
 # No surrogates: they are no text. Everything else, line breaks and odd spaces included, must survive.
 TEXT = st.text(max_size=12)
-_TRICKY = st.sampled_from(["2e-4", "no", "null", "~", "1_000", "012", "12:30", "- a", "a: b", "#x", "'", '"', "{a}", " x ", "\n", "é", "1.", "="])
-_TRICKY_TEXT = _TRICKY | TEXT  # fmt: skip
+_TRICKY = st.sampled_from(
+    [
+        "2e-4",
+        "no",
+        "null",
+        "~",
+        "1_000",
+        "012",
+        "12:30",
+        "- a",
+        "a: b",
+        "#x",
+        "'",
+        '"',
+        "{a}",
+        " x ",
+        "\n",
+        "é",
+        "1.",
+        "=",
+    ]
+)
+_TRICKY_TEXT = _TRICKY | TEXT
 
 
 def _value(part: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -24,7 +45,10 @@ def _value(part: dict[str, Any]) -> st.SearchStrategy[Any]:
         low = part.get("minimum", 0)
         return st.integers(low, part.get("maximum", low + 2**40))
     if kind == "number":
-        low, high = part.get("minimum", part.get("exclusiveMinimum", 0.0)), part.get("maximum", part.get("exclusiveMaximum", 1e6))  # fmt: skip
+        low, high = (
+            part.get("minimum", part.get("exclusiveMinimum", 0.0)),
+            part.get("maximum", part.get("exclusiveMaximum", 1e6)),
+        )
         return st.floats(
             low, high, exclude_min="exclusiveMinimum" in part, exclude_max="exclusiveMaximum" in part, allow_nan=False
         )
@@ -41,8 +65,10 @@ def _section(name: str) -> st.SearchStrategy[dict[str, Any]]:
     fields = SECTIONS[name].model_json_schema()["properties"]
     return st.fixed_dictionaries(
         {},
-        optional={field: st.one_of([_value(part) for part in info.get("anyOf", [info])]) for field, info in fields.items()},
-    )  # fmt: skip
+        optional={
+            field: st.one_of([_value(part) for part in info.get("anyOf", [info])]) for field, info in fields.items()
+        },
+    )
 
 
 def _repaired(raw: dict[str, Any]) -> RunConfig:
@@ -61,5 +87,8 @@ def _repaired(raw: dict[str, Any]) -> RunConfig:
 
 
 CONFIGS: st.SearchStrategy[RunConfig] = st.fixed_dictionaries(
-    {"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True), **{name: _section(name) for name in SECTIONS}}
-).map(_repaired)  # fmt: skip
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+        **{name: _section(name) for name in SECTIONS},
+    }
+).map(_repaired)

@@ -24,8 +24,15 @@ def touch(*paths: Path) -> None:
 
 @pytest.mark.parametrize(
     "name,expected",
-    [("a.jsonl", "jsonl"), ("a.JSON", "jsonl"), ("a.ndjson", "jsonl"), ("a.csv", "csv"), ("a.parquet", "parquet"), ("a.txt", "text")],
-)  # fmt: skip
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.JSON", "jsonl"),
+        ("a.ndjson", "jsonl"),
+        ("a.csv", "csv"),
+        ("a.parquet", "parquet"),
+        ("a.txt", "text"),
+    ],
+)
 def test_auto_goes_by_the_ending(tmp_path: Path, name: str, expected: str) -> None:
     touch(tmp_path / name)
     assert resolve_source_format(str(tmp_path / name), "auto") == expected
@@ -71,7 +78,13 @@ def test_a_given_format_needs_no_ending(tmp_path: Path) -> None:
 
 
 def test_a_folder_gives_its_files_of_one_format(tmp_path: Path) -> None:
-    touch(tmp_path / "b.jsonl", tmp_path / "a.json", tmp_path / ".hidden.jsonl", tmp_path / "README.md", tmp_path / "s" / "c.jsonl")
+    touch(
+        tmp_path / "b.jsonl",
+        tmp_path / "a.json",
+        tmp_path / ".hidden.jsonl",
+        tmp_path / "README.md",
+        tmp_path / "s" / "c.jsonl",
+    )
     assert resolve_source_format(str(tmp_path), "auto") == "jsonl"
     assert [file.name for file in list_data_files(str(tmp_path), "auto")] == ["a.json", "b.jsonl"]
     touch(tmp_path / "c.csv")
@@ -110,7 +123,9 @@ def test_a_given_layout_needs_its_columns() -> None:
 
 
 def test_no_layout_lists_the_columns_and_suggests_names() -> None:
-    with pytest.raises(ValueError, match="no layout fits the columns a, b; one of these is needed: messages; prompt and"):
+    with pytest.raises(
+        ValueError, match="no layout fits the columns a, b; one of these is needed: messages; prompt and"
+    ):
         resolve_layout(["a", "b"], DataSection())
     with pytest.raises(ValueError, match=r"set data.prompt_column=instruction and data.completion_column=output\?"):
         resolve_layout(["instruction", "input", "output"], DataSection())
@@ -131,7 +146,8 @@ def test_suggested_columns(columns: list[str], layout: str, expected: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "num,fraction,expected", [(100, 0.05, 5), (100, 0.0, 0), (1, 0.5, 0), (0, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (10, 0.01, 1)]
-)  # fmt: skip
+    "num,fraction,expected",
+    [(100, 0.05, 5), (100, 0.0, 0), (1, 0.5, 0), (0, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (10, 0.01, 1)],
+)
 def test_at_least_one_is_held_out_and_never_all(num: int, fraction: float, expected: int) -> None:
     assert num_held_out(num, fraction) == expected

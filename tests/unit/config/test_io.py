@@ -23,7 +23,9 @@ from qz3_widgets.config import (
 
 from .strategies import CONFIGS
 
-_SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+_SLOW = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def problems_of(text: str) -> dict[str, str]:

@@ -50,10 +50,17 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"launch": {"environment": {"MY_API_KEY": "a"}}}, ["launch.environment"]),
     ({"launch": {"environment": {"X": "a\0b"}}}, ["launch.environment"]),
     (
-        {"zero": {"zero_stage": 0, "offload_param_device": "cpu", "offload_optimizer_device": "cpu", "leaf_modules": ["A"]}},
+        {
+            "zero": {
+                "zero_stage": 0,
+                "offload_param_device": "cpu",
+                "offload_optimizer_device": "cpu",
+                "leaf_modules": ["A"],
+            }
+        },
         ["zero.offload_param_device", "zero.offload_optimizer_device", "zero.leaf_modules"],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("raw,fields", CONTRADICTIONS)

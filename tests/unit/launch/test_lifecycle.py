@@ -67,9 +67,7 @@ def test_an_exception_in_a_rank_is_the_error_of_the_run(plan: Plan, runs_dir: Pa
 
 
 @pytest.mark.parametrize("others", ["steps:1000", "deaf"])
-def test_a_killed_rank_ends_the_run_and_is_named(
-    plan: Plan, runs_dir: Path, behave: Behave, others: str
-) -> None:
+def test_a_killed_rank_ends_the_run_and_is_named(plan: Plan, runs_dir: Path, behave: Behave, others: str) -> None:
     behave({"0": others, "1": "steps:1000"})
     run = launch.start(plan, runs_dir=runs_dir)
     victim = _rank(run, 1)
@@ -142,6 +140,13 @@ def test_stop_gently(plan: Plan, runs_dir: Path, behave: Behave) -> None:
     assert again.message == f"{run.run_id} has already ended: cancelled"
 
 
+def test_stop_at_once(plan: Plan, runs_dir: Path, behave: Behave) -> None:
+    behave("steps:1000")
+    run = launch.start(plan, runs_dir=runs_dir)
+    assert launch.stop(run.layout.root).status.state == "cancelled"
+    assert not processes_of(run.layout.root)
+
+
 def test_stop_firmly(plan: Plan, runs_dir: Path, behave: Behave) -> None:
     behave("deaf")
     run = launch.start(plan, runs_dir=runs_dir)
@@ -183,12 +188,14 @@ def test_a_process_that_reuses_a_number_is_left_alone(plan: Plan, runs_dir: Path
     behave("steps:1000")
     run = launch.start(plan, runs_dir=runs_dir)
     _rank(run, 0)
+    _rank(run, 1)
     launch.stop(run.layout.root)
     bystander = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
         # As if the supervisor and the launcher had died long ago and their numbers belonged to somebody else by now.
         status = read_status(run.layout).to_json()
-        status |= {"state": "running", "pid": bystander.pid, "process_group": bystander.pid}
+        long_ago = {key: status[key] - 100 for key in ("pid_created", "launcher_created")}
+        status |= {"state": "running", "pid": bystander.pid, "process_group": bystander.pid, **long_ago}
         run.layout.status_json.write_text(json.dumps(status))
         assert run.state == "cancelled"  # by the traces
         launch.stop(run.layout.root)
@@ -237,7 +244,9 @@ def test_stop_without_a_supervisor(plan: Plan, runs_dir: Path, behave: Behave) -
     assert run.state == "cancelled"
 
 
-def test_stop_with_a_frozen_supervisor(plan: Plan, runs_dir: Path, behave: Behave, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_with_a_frozen_supervisor(
+    plan: Plan, runs_dir: Path, behave: Behave, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "_CLEAN_UP_SECONDS", 1.0)
     behave("steps:1000")
     run = launch.start(plan, runs_dir=runs_dir)
@@ -336,7 +345,9 @@ def test_launch_sh_alone(plan: Plan, tmp_path: Path, behave: Behave) -> None:
     assert not processes_of(moved.root)
 
 
-def test_a_launcher_that_cannot_start(plan: Plan, runs_dir: Path, behave: Behave, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_cannot_start(
+    plan: Plan, runs_dir: Path, behave: Behave, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QZ3_PYTHON", "/nowhere/python")
     status = _end_of(launch.start(plan, runs_dir=runs_dir))
     assert (status.state, status.exit_code) == ("failed", 2)

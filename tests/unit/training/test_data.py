@@ -115,3 +115,13 @@ def test_what_can_not_be_read_is_named(tmp_path: Path, content: str, message: st
     file.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_examples(config(file))
+
+
+def test_csv_cells_are_text(tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text("prompt,completion\nNA,1\nnull,2\n", encoding="utf-8")
+    train, _ = load_examples(config(file))
+    assert [dict(row) for row in train] == [
+        {"prompt": "NA", "completion": "1"},
+        {"prompt": "null", "completion": "2"},
+    ]

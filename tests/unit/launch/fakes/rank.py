@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         "capacity_bytes": 2**34, "rehearsal": False,
     }  # fmt: skip
     writer = TraceWriter(layout.memory_trace(rank), header)
-    log = open(layout.rank_log(rank), "a", buffering=1)
+    log = open(layout.rank_log(rank), "a", buffering=1)  # noqa: SIM115 - open to the end
     log.write(f"rank {rank} starts with {argv}\n")
 
     def end(outcome: str, error: str | None) -> None:
@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
             metrics = TraceWriter(layout.metrics, {"kind": "header"})
         if rank == 0:
             loss = 3.0 - 0.1 * min(step, 20)
-            metrics.append({"kind": "metrics", "event": "step", "step": step, "max_steps": min(last, 10**4), "loss": loss})
+            metrics.append(
+                {"kind": "metrics", "event": "step", "step": step, "max_steps": min(last, 10**4), "loss": loss}
+            )
         time.sleep(0.05)
         if step == 3 and behaviour == "raise":
             try:

@@ -1,0 +1,114 @@
+"""A 4-bit linear layer that lets go of its weight between forward and backward.
+
+bitsandbytes keeps the packed weight as a plain attribute of the autograd context (``MatMul4Bit.forward``), so under ZeRO-3
+every gathered layer stays alive from its forward to its backward: the whole model, on every rank, at the peak of every
+step. Here the context holds the module alone. DeepSpeed gathers the module's parameters before its forward and
+before its backward, and the weight is read from the module whenever it is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as functional
+import torch
+from torch import nn
+
+from .partition import Partitioner, padded
+
+STATISTICS = "weight_statistics"
+"""Name of the parameter that holds the scales: their bytes viewed in the weight's storage dtype, so that DeepSpeed
+gathers them in the weight's own collective."""
+
+
+class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """``Linear4bit`` whose weight, and scales if they were taken off, may be partitioned.
+
+    Instances are made from loaded layers by :func:`let_go`; outputs and gradients equal those of ``Linear4bit`` on the same
+    bytes.
+    """
+
+    num_statistics: int
+    statistics_dtype: torch.dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``Linear4bit.forward``, but for what autograd keeps."""
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+            output = _ReadAgain.apply(inputs, self, bias)
+        else:
+            packed, state = self.packed_weight()
+            output = bnb.matmul_4bit(inputs, packed, quant_state=state, bias=bias)
+        return cast("torch.Tensor", output.to(x.dtype))
+
+    def packed_weight(self) -> tuple[torch.Tensor, functional.QuantState]:
+        """The gathered weight and its quantization state, whole.
+
+        Raises:
+            RuntimeError: the weight is not gathered.
+        """
+        state = self.weight.quant_state
+        if self.weight.data.numel() == 0:
+            raise RuntimeError(
+                "a 4-bit weight was used while it was partitioned: the layer ran outside the DeepSpeed engine, or its "
+                "module was called past its hooks"
+            )
+        if state.absmax is None:
+            state = copy.copy(state)
+            state.absmax = self._statistics()
+        return self.weight.data, state
+
+    def _statistics(self) -> torch.Tensor:
+        stored = getattr(self, STATISTICS).data
+        if stored.numel() == 0:
+            raise RuntimeError("the statistics of a 4-bit weight were used while they were partitioned")
+        num_bytes = self.num_statistics * self.statistics_dtype.itemsize
+        return cast("torch.Tensor", stored.view(torch.uint8)[:num_bytes].view(self.statistics_dtype))
+
+
+class _ReadAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: ShardedLinear4bit, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
+        packed, state = layer.packed_weight()
+        return cast("torch.Tensor", bnb.matmul_4bit(inputs.detach(), packed, quant_state=state, bias=bias))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+        (grad,) = grads
+        grad_input = grad_bias = None
+        if ctx.bias_dtype is not None:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            packed, state = ctx.layer.packed_weight()
+            grad_input = torch.matmul(grad, functional.dequantize_4bit(packed, state).to(grad.dtype))
+        return grad_input, None, grad_bias
+
+
+def let_go(layer: bnb.nn.Linear4bit) -> ShardedLinear4bit:
+    """Turn a loaded layer into one that lets go, in place."""
+    layer.__class__ = ShardedLinear4bit
+    # A forward in eval mode would repack the weight for a kernel without a backward, on CPUs with AVX512-BF16.
+    layer.support_avx512bf16_for_cpu = False
+    return cast("ShardedLinear4bit", layer)
+
+
+def shard_statistics(layer: ShardedLinear4bit, partitioner: Partitioner) -> None:
+    """Take the scales off the quantization state and partition them as a parameter of the layer."""
+    state = layer.weight.quant_state
+    absmax, storage = state.absmax, layer.weight.quant_storage
+    layer.num_statistics, layer.statistics_dtype = absmax.numel(), absmax.dtype
+    raw = absmax.contiguous().view(-1).view(torch.uint8)
+    whole_elements = -(-raw.numel() // storage.itemsize) * storage.itemsize
+    parameter = nn.Parameter(padded(raw, whole_elements).clone().view(storage), requires_grad=False)
+    state.absmax = None
+    partitioner.partition(parameter)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined] # or transformers would initialize it
+    layer.register_parameter(STATISTICS, parameter)

@@ -1,0 +1,145 @@
+"""Quantize one rank's slice of a weight, to the very bytes that quantizing the whole weight would give.
+
+bitsandbytes quantizes in blocks (64 weights by default), each with a scale of its own (``absmax``): a slice that is widened to
+whole blocks quantizes to the same bytes. Double quantization looks at all scales of a weight at once, so these are
+exchanged, 1/128 of the 16-bit weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.distributed as dist
+
+from .partition import Part, padded, part_of
+
+_NESTED_BLOCKSIZE = 256  # of the scales' own quantization; Params4bit leaves bitsandbytes no choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight is quantized; the names are those of ``bitsandbytes.nn.Params4bit``."""
+
+    blocksize: int
+    quant_type: str
+    compress_statistics: bool
+    quant_storage: torch.dtype
+
+    def num_storage_elements(self, num_weights: int) -> int:
+        """Elements of the packed weight.
+
+        Raises:
+            ValueError: the packed bytes do not fill the last element.
+        """
+        num_bytes = (num_weights + 1) // 2
+        if num_bytes % self.quant_storage.itemsize:
+            raise ValueError(
+                f"quantization.bnb_4bit_quant_storage: {num_weights} weights pack into {num_bytes} bytes, which "
+                f"{self.quant_storage} does not divide; use uint8"
+            )
+        return num_bytes // self.quant_storage.itemsize
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A rank's storage elements, the weights in them, and the blocks that begin there."""
+
+    part: Part
+    first_weight: int
+    last_weight: int
+    first_block: int  # touched
+    last_block: int
+    first_own_block: int  # begins in this slice: each block belongs to one rank
+
+    @property
+    def num_own_blocks(self) -> int:
+        return max(0, self.last_block - self.first_own_block) if self.last_weight > self.first_weight else 0
+
+
+def _slice_of(num_weights: int, recipe: Recipe, num_ranks: int, rank: int) -> _Slice:
+    part = part_of(recipe.num_storage_elements(num_weights), num_ranks, rank)
+    weights_per_element = 2 * recipe.quant_storage.itemsize
+    first = min(part.begin * weights_per_element, num_weights)
+    last = min(part.end * weights_per_element, num_weights)
+    size = recipe.blocksize
+    return _Slice(part, first, last, first // size, -(-last // size), -(-first // size))
+
+
+def quantize_slice(
+    read: Callable[[int, int], torch.Tensor],
+    num_weights: int,
+    recipe: Recipe,
+    *,
+    num_ranks: int,
+    rank: int,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize what ``rank`` holds of a weight; a collective call of all ranks.
+
+    Args:
+        read: gives the flattened weights ``[begin, end)``.
+        num_weights: of the whole weight.
+        recipe: how to quantize.
+        num_ranks: in ``group``.
+        rank: this one.
+        group: in which the scales are exchanged; the default group, if left out.
+
+    Returns:
+        This rank's packed storage elements, padded to the size of a part; and the scales of the whole weight, fp32.
+    """
+    own = _slice_of(num_weights, recipe, num_ranks, rank)
+    if own.last_weight > own.first_weight:
+        begin = own.first_block * recipe.blocksize
+        weights = read(begin, min(own.last_block * recipe.blocksize, num_weights))
+        packed, state = bnb.quantize_4bit(
+            weights,
+            blocksize=recipe.blocksize,
+            compress_statistics=False,
+            quant_type=recipe.quant_type,
+            quant_storage=torch.uint8,
+        )
+        surplus = (own.first_weight - begin) // 2
+        num_bytes = (own.part.end - own.part.begin) * recipe.quant_storage.itemsize
+        raw = packed.reshape(-1)[surplus : surplus + num_bytes]
+        absmax = state.absmax[own.first_own_block - own.first_block :]
+    else:
+        nothing = read(0, 0)
+        raw = torch.empty(0, dtype=torch.uint8, device=nothing.device)
+        absmax = torch.empty(0, dtype=torch.float32, device=nothing.device)
+    # A copy: the storage must hold the part and nothing else, at an address that suits the dtype.
+    part = padded(raw, own.part.size * recipe.quant_storage.itemsize).clone().view(recipe.quant_storage)
+    counts = [_slice_of(num_weights, recipe, num_ranks, other).num_own_blocks for other in range(num_ranks)]
+    return part, _gather(absmax, counts, group)
+
+
+def _gather(absmax: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The scales of all ranks in order; who has how many is known, so one collective is enough."""
+    if len(counts) == 1:
+        return absmax
+    size = max(counts)
+    gathered = torch.empty(len(counts) * size, dtype=absmax.dtype, device=absmax.device)
+    dist.all_gather_into_tensor(gathered, padded(absmax, size).contiguous(), group=group)
+    return torch.cat([gathered[rank * size : rank * size + count] for rank, count in enumerate(counts)])
+
+
+def make_state(absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, recipe: Recipe) -> bnb.QuantState:
+    """The quantization state that bitsandbytes would have made with these scales, nested if the recipe says so.
+
+    Source: ``quantize_4bit`` in ``bitsandbytes/functional.py``.
+    """
+    code = bnb.get_4bit_type(recipe.quant_type, device=absmax.device)
+    common = {
+        "shape": torch.Size(shape),
+        "code": code,
+        "blocksize": recipe.blocksize,
+        "quant_type": recipe.quant_type,
+        "dtype": dtype,
+    }
+    if not recipe.compress_statistics:
+        return bnb.QuantState(absmax=absmax, **common)
+    offset = absmax.mean()
+    nested, state2 = bnb.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+    return bnb.QuantState(absmax=nested, offset=offset, state2=state2, **common)
