@@ -57,7 +57,16 @@ stop_ticker() {
   if [[ -t 1 ]]; then printf '\r\033[K'; fi
 }
 trap stop_ticker EXIT
-trap 'stop_ticker; say "stopped; finished steps are kept, run the same command to go on"; exit 130' INT TERM
+
+# The signal arrives while a step's output goes to the log: fd 8 is the screen.
+interrupted() {
+  exec >&8
+  stop_ticker
+  say "stopped; finished steps are kept, run the same command to go on"
+  exit 130
+}
+exec 8>&1
+trap interrupted INT TERM
 
 try() { # what command...: returns the command's status
   local what=$1 begin=$SECONDS status=0
@@ -82,12 +91,13 @@ network_down+='|Temporary failure in name resolution|Network is unreachable|Max 
 network_down+='|Connection (refused|reset|aborted|timed out)|ProxyError|Cannot connect to proxy'
 
 explain_failure() { # what
-  local hint
+  local hint telling="" # lines to show: the last ones, or those that say why where pip's last ones mislead
   if said 'No space left on device|Errno 28|Disk quota exceeded'; then
     hint="The disk is full ($(free_gib "$venv") GiB free at $venv). Free some space; QZ3_VENV=/other/disk/venv puts it elsewhere."
   elif said 'CERTIFICATE_VERIFY_FAILED'; then
     hint="The package index's certificate is not trusted here. Behind a company proxy, set PIP_CERT to its certificate file."
   elif said "$network_down"; then
+    telling="$network_down"
     hint="The package index can't be reached. Check the network, the proxy (https_proxy) or the mirror (pip config list)."
   elif said 'No matching distribution|ResolutionImpossible|requires a different Python'; then
     hint="A package has no build for this Python or platform ($("$python" -V 2>&1), $(uname -sm)). Try another: QZ3_PYTHON=python3.12 $self"
@@ -97,7 +107,7 @@ explain_failure() { # what
     hint="The whole story is in $log"
   fi
   printf '\n' >&2
-  tail -n "+$step_from" "$log" | tail -n 12 | sed 's/^/  | /' >&2
+  tail -n "+$step_from" "$log" | grep -E "$telling" | tail -n "$([[ $telling ]] && echo 2 || echo 12)" | cut -c 1-300 | sed 's/^/  | /' >&2
   fail "This step failed: $1" "$hint" "Log: $log. Run the same command again to go on: finished steps are kept."
 }
 
@@ -278,7 +288,9 @@ set_up_environment() { # extras: "demo" or "demo,test"
     find_python
     check_disk
     check_compiler
-    if ((num_gpus > 0)); then
+    if venv_works && [[ -f $(stamp demo) ]]; then
+      say "updating the environment: what it is made from has changed, or more is asked of it"
+    elif ((num_gpus > 0)); then
       say "setting up: $num_gpus NVIDIA GPU(s) found, so torch's CUDA build; once, several GB, mostly download"
     else
       say "setting up: no NVIDIA GPU found, so torch's CPU build; once, about 1 GB of downloads"
@@ -294,7 +306,8 @@ set_up_environment() { # extras: "demo" or "demo,test"
     for extra in ${extras//,/ }; do fingerprint >"$(stamp "$extra")"; done
     say "environment ready after $(format_seconds $((SECONDS - begin)))"
   fi
-  exec 9<&-
+  exec 9<&- 8>&-
+  trap - INT TERM
   # As `activate` does: DeepSpeed finds ninja by its name.
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
   unset QZ3_PYTHON # it named the Python to start from; a run's launch.sh reads it as the Python to run with

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .analysis.compare import Comparison, compare
+    from .analysis.proof import Proof, prove
     from .analysis.summary import summarize
     from .config.changes import apply_overrides, diff, with_changes
     from .config.io import ConfigError, dump_config, load_config, loads_config, save_config
@@ -35,6 +36,7 @@ _HOME: dict[str, str] = {
     "PRESETS": ".config.presets",
     "Plan": ".plan.plan",
     "PlanError": ".plan.plan",
+    "Proof": ".analysis.proof",
     "Run": ".runs.store",
     "RunConfig": ".config.schema",
     "RunNotFound": ".runs.store",
@@ -57,6 +59,7 @@ _HOME: dict[str, str] = {
     "plot_peaks": ".plotting",
     "prepare_demo": ".demo",
     "preset": ".config.presets",
+    "prove": ".analysis.proof",
     "render_into": ".launch.directory",
     "resume": ".launch.process",
     "save_config": ".config.io",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def init(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{output} can't be written: {error.strerror or error}") from error
-    err.print(f"wrote {escape(str(output))}; next: qz3 run {escape(str(output))}")
+    err.print(f"wrote {escape(str(output))}; next: qz3 run {escape(shlex.quote(str(output)))}", soft_wrap=True)
 
 
 @app.command()
@@ -86,7 +86,9 @@ def render(
     _show_issues(plan.issues)
     plan.raise_if_blocked()
     layout = render_into(plan, directory, port=choose_port(plan.config.launch))
-    err.print(f"wrote {escape(str(layout.root))}; next: bash {escape(str(layout.launch_sh))}", soft_wrap=True)
+    err.print(
+        f"wrote {escape(str(layout.root))}; next: bash {escape(shlex.quote(str(layout.launch_sh)))}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -102,6 +104,31 @@ def run(
     from .plan.plan import make_plan
 
     plan = make_plan(_load(config, overrides))
+    _show_issues(plan.issues)
+    _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
+
+
+@app.command()
+def rehearse(
+    config: ConfigFile,
+    world_size: Annotated[int | None, typer.Option(help="Ranks to pretend; the configuration's, if empty.")] = None,
+    rank: Annotated[int, typer.Option(help="The rank to be.")] = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to take.")] = 3,
+    layers: Annotated[int | None, typer.Option(help="Only so many of the model's layers; all, if empty.")] = None,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    detach: Detach = False,
+    as_json: AsJson = False,
+) -> None:
+    """Be one rank of many on this machine's one device: real memory, random weights, no communication.
+
+    Nothing is downloaded: the model's shape comes from a folder, or with the package. Losses mean nothing here.
+    """
+    from .launch.process import start
+    from .plan.rehearsal import make_rehearsal
+
+    wanted = _load(config, overrides)
+    plan = make_rehearsal(wanted, world_size or wanted.launch.num_processes, rank=rank, steps=steps, num_layers=layers)
     _show_issues(plan.issues)
     _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
 
@@ -127,7 +154,7 @@ def runs(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
     """List the runs, newest first."""
     from .analysis.summary import summarize
     from .runs.store import list_runs
-    from .terminal import runs_table
+    from .terminal import show_runs
 
     found = list_runs(runs_dir)
     summaries, damaged = [], []
@@ -140,11 +167,11 @@ def runs(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
         _print_json([*({k: v for k, v in s.items() if k != "config"} for s in summaries), *damaged])
         return
     if not found:
-        out.print(f"no runs in {escape(str(runs_dir))} yet; 'qz3 demo' makes two")
+        out.print(f"no runs in {escape(str(runs_dir))} yet; 'qz3 demo' makes two", soft_wrap=True)
     elif summaries:
-        out.print(runs_table(summaries))
+        show_runs(summaries, out)
     for row in damaged:
-        err.print(f"{escape(row['run_id'])} can't be read: {escape(row['problem'])}")
+        err.print(f"{escape(row['run_id'])} can't be read: {escape(row['problem'])}", soft_wrap=True)
 
 
 @app.command()
@@ -158,6 +185,20 @@ def show(name: RunName, runs_dir: RunsDir = Path("runs"), as_json: AsJson = Fals
         _print_json(summary)
     else:
         show_summary(summary, out)
+
+
+@app.command()
+def verify(name: RunName, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+    """Prove a run: sharded by ZeRO-3 from the start, really in 4 bit, all of the adapter trained; else exit code 1."""
+    from .analysis.proof import prove
+    from .terminal_proof import show_proof
+
+    proof = prove(_open(name, runs_dir))
+    if as_json:
+        _print_json(proof.to_json())
+    else:
+        show_proof(proof, out)
+    raise typer.Exit(0 if proof.ok else 1)
 
 
 @app.command()
@@ -218,7 +259,7 @@ def lab(
 
 def main() -> None:
     """Entry point of the command: errors that a user can mend are one message and exit code 2."""
-    # Typer shows usage errors itself, with exit code 2.
+    # Typer shows usage errors itself, with exit code 2, and ends quietly where the reader of a pipe goes away.
     try:
         app()
     except ValueError as error:
@@ -227,9 +268,6 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # 'qz3 runs | head'
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from .config.changes import with_changes
 from .config.paths import default_cache_dir
 from .config.presets import demo
 from .config.schema import RunConfig
-from .launch.directory import find_launcher
+from .launch.directory import child_environment, find_launcher
 from .plan.capabilities import Capabilities, detect
 
 HELD_OUT = "tech_support_held_out.jsonl"
+_ASSETS = ("SmolLM2-135M-Instruct/config.json", "tech_support.jsonl", HELD_OUT)
 
 
 def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
@@ -26,13 +28,19 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
         ValueError: the packages with the model or the dialogues are missing; the message says what to install.
     """
     target = default_cache_dir() if folder is None else folder
+    if all((target / name).is_file() for name in _ASSETS):
+        return target
     command = [sys.executable, str(find_launcher("prepare_demo.py")), str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            say(line.rstrip())
-        errors = process.stderr.read()
+    # Errors go to a file: a pipe that nobody empties would stop a child that has much to say.
+    with tempfile.TemporaryFile() as told:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told, text=True, env=child_environment()
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                say(line.rstrip())
+        told.seek(0)
+        errors = told.read().decode(errors="replace")
     if process.returncode != 0:
         last = [line for line in errors.splitlines() if line.strip()] or ["it ended without a word"]
         raise ValueError(f"the demo could not be prepared: {last[-1].removeprefix('error: ')}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.segment import Segments
 from rich.table import Table
 
 from .analysis.compare import Comparison
 from .analysis.measures import MEASURES
 from .analysis.progress import Progress as RunProgress
 from .analysis.progress import ProgressReader
+from .analysis.proof import failures_so_far
 from .runs.status import Status
 from .runs.store import Run
 from .units import format_bytes, format_duration
@@ -28,13 +32,15 @@ GLYPHS = {
     "lost": "? lost",
 }
 _POLL_SECONDS = 0.5
+_MOST_RANKS = 4  # that a table of 80 columns holds
+_LONG_NAMES = 44
 
 
 def follow(run: Run, console: Console) -> Status:
     """Show a run's progress until it has ended; on something that is no terminal, a line for each change."""
-    reader = ProgressReader(run)
+    reader, alarm = ProgressReader(run), ProofAlarm(run, console)
     if not console.is_terminal:
-        return _follow_lines(reader, console)
+        return _follow_lines(reader, console, alarm)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -52,6 +58,7 @@ def follow(run: Run, console: Console) -> Status:
                 completed=now.step,
                 info=escape(describe(now)),
             )
+            alarm.look()
             if now.status.has_ended:
                 return now.status
             time.sleep(_POLL_SECONDS)
@@ -75,55 +82,100 @@ def describe(now: RunProgress) -> str:
     return ", ".join(parts)
 
 
-def _follow_lines(reader: ProgressReader, console: Console) -> Status:
+class ProofAlarm:
+    """Says at once, and once, what the ranks' probes have found not to be as it should."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        """Nothing is read before :meth:`look`."""
+        self._run, self._console = run, console
+        self._said: set[str] = set()
+
+    def look(self) -> None:
+        """Read the probes and print what is new."""
+        for sentence in failures_so_far(self._run):
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._console.print(f"[red]PROOF FAILED:[/] {escape(sentence)}", soft_wrap=True)
+
+
+def _follow_lines(reader: ProgressReader, console: Console, alarm: ProofAlarm) -> Status:
     shown: tuple[str, int] | None = None
     while True:
         now = reader.read()
         if (now.doing, now.step) != shown:
             shown = (now.doing, now.step)
-            console.print(
-                f"{now.doing}: {describe(now)}" if describe(now) else now.doing, highlight=False, markup=False
-            )
+            line = f"{now.doing}: {describe(now)}" if describe(now) else now.doing
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        alarm.look()
         if now.status.has_ended:
             return now.status
         time.sleep(_POLL_SECONDS)
 
 
-def runs_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
-    """One line a run."""
-    table = Table(box=None, header_style="bold")
-    for name, right in (("run", False), ("state", False), ("peak", True), ("loss", True), ("held out", True),
-                        ("tokens/s", True), ("time", True)):  # fmt: skip
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+def show_runs(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """What ``qz3 runs`` prints, a line for each run; a narrow terminal gets fewer columns, and none is cut short."""
+    columns = ["state", "peak", "loss", "held out", "tokens/s", "time"]
+    table = _runs_table(summaries, columns)
+    for dropped in ("tokens/s", "time", "peak", "loss"):
+        if not console.is_terminal or natural_width(table, console) <= console.width:
+            break
+        columns.remove(dropped)
+        table = _runs_table(summaries, columns)
+    show_table(table, console)
+
+
+def _runs_table(summaries: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
+    table = Table("run", box=None, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "state" else "right")
     for summary in summaries:
-        top = summary["fullest"] or {}
-        table.add_row(
-            escape(summary["run_id"]),
-            GLYPHS[summary["state"]],
-            format_bytes(top.get("peak_bytes")),
-            _change(summary["first_loss"], summary["last_loss"]),
-            _change(summary["eval_loss_before"], summary["eval_loss_after"]),
-            "-" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,.0f}",
-            format_duration(summary["times"]["total_seconds"]),
-        )
+        cells = {
+            "state": GLYPHS[summary["state"]],
+            "peak": format_bytes((summary["fullest"] or {}).get("peak_bytes")),
+            "loss": _loss(summary["last_loss"]),
+            "held out": _loss(summary["eval_loss_after"]),
+            "tokens/s": "-" if summary["tokens_per_second"] is None else f"{summary['tokens_per_second']:,.0f}",
+            "time": format_duration(summary["times"]["total_seconds"]),
+        }
+        table.add_row(escape(summary["run_id"]), *(cells[name] for name in columns))
     return table
 
 
 def peaks_table(summary: Mapping[str, Any]) -> Table:
-    """Peak and settled memory for each rank and phase."""
-    phases = list(dict.fromkeys(phase for rank in summary["ranks"] for phase in rank["phases"]))
-    table = Table(box=None, header_style="bold", title="peak (settled) allocated", title_justify="left")
-    table.add_column("rank", justify="right")
-    for phase in phases:
-        table.add_column(phase, justify="right", no_wrap=True)
-    for rank in summary["ranks"]:
+    """Peak and settled memory, a line for each phase; of many ranks only the fullest and the emptiest."""
+    ranks = list(summary["ranks"])
+    title = "memory allocated, peak and settled"
+    if len(ranks) > _MOST_RANKS:
+        by_peak = sorted(ranks, key=_largest_peak)
+        ranks, title = [by_peak[-1], by_peak[0]], f"{title}: fullest and emptiest of {len(ranks)} ranks"
+    table = Table(box=None, header_style="bold", title=title, title_justify="left", title_style="bold")
+    table.add_column("phase")
+    for rank in ranks:
+        table.add_column(f"rank {rank['rank']}", justify="right")
+        table.add_column("", justify="right")
+    for phase in dict.fromkeys(phase for rank in ranks for phase in rank["phases"]):
         cells = []
-        for phase in phases:
-            found = rank["phases"].get(phase)
-            settled = None if found is None else found["settled_bytes"]
-            cells.append("-" if found is None else f"{format_bytes(found['peak_bytes'])} ({format_bytes(settled)})")
-        table.add_row(str(rank["rank"]), *cells)
+        for rank in ranks:
+            found = rank["phases"].get(phase) or {"peak_bytes": None, "settled_bytes": None}
+            cells += [format_bytes(found["peak_bytes"]), format_bytes(found["settled_bytes"])]
+        table.add_row(str(phase), *cells)
     return table
+
+
+def _largest_peak(rank: Mapping[str, Any]) -> int:
+    return max((found["peak_bytes"] or 0 for found in rank["phases"].values()), default=0)
+
+
+def natural_width(table: Table, console: Console) -> int:
+    """Columns that a table takes if nothing in it is cut or wrapped."""
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
+def show_table(table: Table, console: Console) -> None:
+    """Print a table whole: on a terminal that is too narrow its lines run on, and no figure is cut short."""
+    # print() takes no width beyond the console's.
+    segments = console.render(table, console.options.update(width=natural_width(table, console)))
+    console.print(Segments(segments), soft_wrap=True, end="")
 
 
 def show_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -131,7 +183,7 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(f"[bold]{escape(summary['run_id'])}[/]  {GLYPHS[summary['state']]}")
     failure = summary["failure"]
     if failure is not None:
-        console.print(f"[red]{escape(failure['sentence'])}[/]")
+        console.print(f"[red]{escape(failure['sentence'])}[/]", soft_wrap=True)
     lines = {
         "ranks": f"{summary['world_size']} on {summary['device_name'] or summary['device'] or '?'}",
         "steps": f"{summary['num_steps']} of {summary['max_steps'] or '?'}",
@@ -144,28 +196,39 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
     for name, value in lines.items():
-        console.print(f"  {name:<14} {escape(value)}", highlight=False)
+        console.print(f"  {name:<14} {escape(value)}", highlight=False, soft_wrap=True)
+    proof = summary["proof"]
+    mark = "[green]✓[/]" if proof["ok"] else "[red]✕ not ok:[/]" if proof["known"] else "?"
+    console.print(f"  {'proof':<14} {mark} {escape(proof['sentence'])}", highlight=False, soft_wrap=True)
     if summary["ranks"]:
-        console.print(peaks_table(summary))
+        show_table(peaks_table(summary), console)
 
 
 def _change(before: float | None, after: float | None) -> str:
     if before is None and after is None:
         return "-"
-    return " → ".join("-" if value is None else f"{value:.3f}" for value in (before, after))
+    return " → ".join(_loss(value) for value in (before, after))
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     """What ``qz3 compare`` prints: only what differs, then the figures with the better one marked."""
     console.print(f"[bold]{escape(comparison.sentence)}[/]", soft_wrap=True)
     names = [comparison.labels[run_id] for run_id in comparison.run_ids]
-    fields = Table(box=None, header_style="bold")
-    fields.add_column(f"{len(comparison.config_diff)} of {comparison.num_fields} fields differ", no_wrap=True)
-    figures = Table(box=None, header_style="bold")
-    figures.add_column("measure (✓ better)", no_wrap=True)
+    if max(len(name) for name in names) * len(names) > _LONG_NAMES:
+        # Long names would push the figures apart: they stand above, and the columns have letters.
+        for letter, name in zip(ascii_uppercase, names, strict=False):
+            console.print(f"  [bold]{letter}[/]  {escape(name)}", soft_wrap=True)
+        names = list(ascii_uppercase[: len(names)])
+    fields, figures = (Table(box=None, header_style="bold") for _ in range(2))
+    fields.add_column(f"{len(comparison.config_diff)} of {comparison.num_fields} fields differ")
+    figures.add_column("measure (✓ better)")
     for name in names:
         fields.add_column(escape(name), justify="right")
-        figures.add_column(escape(name), justify="right", no_wrap=True)
+        figures.add_column(escape(name), justify="right")
     for path, values in comparison.config_diff.items():
         fields.add_row(path, *(escape(str(values[run_id])) for run_id in comparison.run_ids))
     for measure in MEASURES:
@@ -180,7 +243,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
                 for run_id, cell in zip(comparison.run_ids, cells, strict=True)
             ),
         )
-    console.print(fields)
-    console.print(figures)
+    if comparison.config_diff:
+        show_table(fields, console)
+    show_table(figures, console)
     for note in comparison.notes:
         console.print(escape(note), soft_wrap=True)

@@ -17,7 +17,7 @@ from .plan.capabilities import detect
 from .plan.plan import make_plan
 from .plotting.report import export_html
 from .runs.store import Run
-from .terminal import follow, peaks_table, show_comparison
+from .terminal import follow, peaks_table, show_comparison, show_table
 from .units import format_duration
 
 REPORT = "demo-report.html"
@@ -68,7 +68,7 @@ def _conclude(runs: Sequence[Run], runs_dir: Path, console: Console) -> None:
         before, after = summary["eval_loss_before"], summary["eval_loss_after"]
         console.print()
         console.print(f"[bold]{escape(summary['name'])}[/]: held-out loss {before:.3f} before, {after:.3f} after")
-        console.print(peaks_table(summary))
+        show_table(peaks_table(summary), console)
     console.print()
     show_comparison(compare(list(runs)), console)
     report = export_html(list(runs), runs_dir / REPORT)

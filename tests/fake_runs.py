@@ -1,4 +1,4 @@
-"""Run directories made up for tests: real files in the real formats, with memory curves and losses as runs have them."""
+"""Run directories made up for tests: real files in the real formats, with curves as runs have them."""
 
 from __future__ import annotations
 
@@ -220,12 +220,12 @@ def _profile(fake: Fake, last: bool) -> list[tuple[str, int, str, float, float, 
         found.append((phase, step, "phase_end", 0.001, levels[-1], 0.0))
 
     stretch("start", 0, shape.start_seconds, [0, 0.001 * shape.loaded])
+    stretch("data", 0, shape.data_seconds, [0.001 * shape.loaded] * 2)
     stretch("load", 0, shape.load_seconds, [0.001 * shape.loaded, 0.6 * shape.loaded, shape.loaded], shape.load_peak)
     if _dies(fake, last, "load", 0):
         return found[: -int(len(found) * 0.3)]
     lora = 0.02 * shape.ready
     stretch("attach", 0, shape.attach_seconds, [shape.loaded, shape.loaded + lora])
-    stretch("data", 0, shape.data_seconds, [shape.loaded + lora] * 2)
     stretch("engine", 0, shape.engine_seconds, [shape.loaded + lora, shape.ready], 1.1 * shape.loaded)
     ready = shape.ready
     if fake.eval_on_start and fake.eval_steps:
@@ -259,7 +259,7 @@ def _dies(fake: Fake, last: bool, phase: str, step: int, num_steps: int = 0) -> 
 def write_metrics(layout: RunLayout, fake: Fake, origin: float, *, resumed: bool) -> None:
     """Append the metrics of one attempt; a resumed one goes on a little before the place where the first ended."""
     noise = random.Random(fake.seed + 7)
-    if fake.fail_phase in ("load",) and fake.state in ("failed", "lost"):
+    if fake.fail_phase == "load" and fake.state in ("failed", "lost"):
         return
     total = fake.max_steps or fake.num_steps
     lines: list[dict[str, Any]] = [{"schema_version": 1, "clock_origin": origin, "kind": "header"}]

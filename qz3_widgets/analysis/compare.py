@@ -11,6 +11,7 @@ import pandas as pd
 from ..config.io import diff
 from ..config.schema import RunConfig, field_paths
 from ..runs.store import Run
+from ..trace.reader import MemoryTrace
 from .compare_html import comparison_html
 from .measures import MEASURES, Measure, may_judge, metrics_of
 from .names import config_of, label_runs
@@ -46,16 +47,21 @@ class Comparison:
         return {measure.name: measure.direction for measure in MEASURES if measure.direction is not None}
 
     @property
+    def fields_of_loss(self) -> list[str]:
+        """Differing fields that change what a loss is taken over."""
+        return [path for path in self.config_diff if path in _CHANGES_LOSS]
+
+    @property
     def losses_compare(self) -> bool:
         """Whether all runs take their losses over the same text in the same tokens."""
-        return not any(path in self.config_diff for path in _CHANGES_LOSS)
+        return not self.fields_of_loss
 
     @property
     def notes(self) -> list[str]:
         """What to keep in mind when reading the table."""
         found = []
         if not self.losses_compare:
-            fields = [path for path in self.config_diff if path in _CHANGES_LOSS]
+            fields = self.fields_of_loss
             verb = "differs" if len(fields) == 1 else "differ"
             found.append(f"The losses don't compare, no better one is marked: {', '.join(fields)} {verb}.")
         devices = {str(summary["device_name"]) for summary in self.summaries.values() if summary["device_name"]}
@@ -123,8 +129,12 @@ class Comparison:
         return comparison_html(self)
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
+def compare(runs: Sequence[Run], *, traces: Mapping[str, MemoryTrace] | None = None) -> Comparison:
     """Compare runs, in the order given.
+
+    Args:
+        runs: Two or more.
+        traces: Run id to its memory, for runs whose memory was read already.
 
     Raises:
         ValueError: fewer than two runs, or one of them twice.
@@ -134,7 +144,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         raise ValueError(f"compare takes two runs or more, not {len(runs)}")
     if twice := [run_id for run_id in dict.fromkeys(run_ids) if run_ids.count(run_id) > 1]:
         raise ValueError(f"compare: {', '.join(twice)} is named more than once")
-    summaries = {run.run_id: summarize(run) for run in runs}
+    summaries = {run.run_id: summarize(run, trace=(traces or {}).get(run.run_id)) for run in runs}
     return Comparison(
         run_ids=tuple(run_ids),
         labels=label_runs(runs),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from ..runs.secrets import redact
 from ..runs.status import Status
 from ..trace.reader import MemoryTrace
 from ..units import format_duration
@@ -69,13 +70,14 @@ def find_failure(status: Status, trace: MemoryTrace) -> Failure | None:
         seconds = float(end.get("time_seconds", seconds or 0.0))
     elif status.failed_at is not None and trace.clock_origin is not None and rank is not None:
         seconds = _seconds_since(trace.clock_origin, status.failed_at, seconds)
+    error = status.error or (None if end is None else end.get("error")) or status.message
     return Failure(
         rank=rank,
         phase=phase,
         step=step,
         time_seconds=seconds,
         at=status.failed_at or status.ended or status.last_news,
-        error=status.error or (None if end is None else end.get("error")) or status.message,
+        error=None if error is None else redact(error),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..trace.reader import MemoryTrace
+from ..trace.reader import BYTES_COLUMNS, MemoryTrace
 from ..trace.records import PHASES
 
 PEAK_PHASES = ("start", "load", "attach", "data", "engine", "ready", "step", "eval", "save")
@@ -16,6 +16,7 @@ PEAK_PHASES = ("start", "load", "attach", "data", "engine", "ready", "step", "ev
 MAIN_PHASES = ("load", "ready", "step")
 """What a plan predicts and a summary tells first."""
 
+_Floats = np.ndarray[Any, np.dtype[np.float64]]
 _BEFORE_READY = ("attach", "data", "engine")
 
 
@@ -33,23 +34,23 @@ def peaks(trace: MemoryTrace) -> pd.DataFrame:
     - ``begin_seconds``, ``end_seconds``: first and last record (float64), and ``num_records``.
 
     ``ready`` is derived: what is settled when the engine stands, and the peak on the way there from the end of the
-    load (``attach``, ``data``, ``engine``).
+    load (``attach``, ``engine``, and ``data`` where it comes after the load).
     """
-    frame = trace.last_attempt()
     rows: list[dict[str, Any]] = []
-    # Python's own numbers: two dozen groups don't need more, and missing values stay apart from zeros.
-    for rank, of_rank in frame.groupby("rank", sort=True):
-        last_phase = str(of_rank["phase"].iloc[-1])
+    for rank, of_rank in trace.last_attempt().groupby("rank", sort=True):
+        columns = _columns(of_rank)
+        codes, step_ends = of_rank["phase"].cat.codes.to_numpy(), (of_rank["event"] == "step_end").to_numpy()
+        last_phase = PHASES[codes[-1]]
         ended_well = trace.ends.get(int(str(rank)), {}).get("outcome") == "succeeded"
         found: dict[str, dict[str, Any]] = {}
-        for phase, part in of_rank.groupby("phase", sort=True, observed=True):
-            row = _row(part)
+        for code in np.unique(codes):
+            phase, within = PHASES[code], codes == code
+            row = _row({name: values[within] for name, values in columns.items()})
             if phase == "step":
-                whole = part[part["event"] == "step_end"]
-                row["settled_bytes"] = _last(whole["allocated_bytes"]) if len(whole) else None
+                row["settled_bytes"] = _last(columns["allocated_bytes"][within & step_ends])
             elif phase == last_phase and not ended_well:
                 row["settled_bytes"] = None
-            found[str(phase)] = row
+            found[phase] = row
         if "engine" in found and last_phase != "engine":
             found["ready"] = _ready(found)
         rows += [{"rank": int(str(rank)), "phase": phase, **found[phase]} for phase in PEAK_PHASES if phase in found]
@@ -111,21 +112,32 @@ def phase_spans(frame: pd.DataFrame) -> list[tuple[str, float, float]]:
     return [(PHASES[codes[i]], float(time[i]), float(time[j])) for i, j in zip(starts, ends, strict=True)]
 
 
-def _row(part: pd.DataFrame) -> dict[str, Any]:
+def _columns(of_rank: pd.DataFrame) -> dict[str, _Floats]:
+    """The columns that peaks are made of; floats hold every size that memory has, and missing ones as NaN."""
+    names = ("time_seconds", *(name for name in BYTES_COLUMNS if name != "host_used_bytes"))
+    return {name: of_rank[name].to_numpy(np.float64, na_value=np.nan) for name in names}
+
+
+def _row(part: dict[str, _Floats]) -> dict[str, Any]:
     return {
         "settled_bytes": _last(part["allocated_bytes"]),
-        "peak_bytes": _most(part, "peak_allocated_bytes", "allocated_bytes"),
-        "reserved_peak_bytes": _most(part, "reserved_bytes"),
-        "device_peak_bytes": _most(part, "device_used_bytes"),
-        "host_peak_bytes": _most(part, "host_rss_bytes"),
-        "begin_seconds": float(part["time_seconds"].iloc[0]),
-        "end_seconds": float(part["time_seconds"].iloc[-1]),
-        "num_records": len(part),
+        "peak_bytes": _most(part["peak_allocated_bytes"], part["allocated_bytes"]),
+        "reserved_peak_bytes": _most(part["reserved_bytes"]),
+        "device_peak_bytes": _most(part["device_used_bytes"]),
+        "host_peak_bytes": _most(part["host_rss_bytes"]),
+        "begin_seconds": float(part["time_seconds"][0]),
+        "end_seconds": float(part["time_seconds"][-1]),
+        "num_records": len(part["time_seconds"]),
     }
 
 
 def _ready(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    parts = [found[phase] for phase in _BEFORE_READY if phase in found]
+    loaded = found["load"]["end_seconds"] if "load" in found else -np.inf
+    parts = [
+        found[phase]
+        for phase in _BEFORE_READY
+        if phase == "engine" or (phase in found and found[phase]["begin_seconds"] >= loaded)
+    ]
     row: dict[str, Any] = {"settled_bytes": found["engine"]["settled_bytes"]}
     for name in ("peak_bytes", "reserved_peak_bytes", "device_peak_bytes", "host_peak_bytes"):
         row[name] = max((part[name] for part in parts if part[name] is not None), default=None)
@@ -135,14 +147,14 @@ def _ready(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _last(column: pd.Series[Any]) -> int | None:
-    known = column.dropna()
-    return int(known.iloc[-1]) if len(known) else None
+def _last(values: _Floats) -> int | None:
+    known = values[~np.isnan(values)]
+    return int(known[-1]) if len(known) else None
 
 
-def _most(part: pd.DataFrame, *names: str) -> int | None:
-    found = [int(largest) for name in names if not pd.isna(largest := part[name].max())]
-    return max(found, default=None)
+def _most(*columns: _Floats) -> int | None:
+    known = [values[~np.isnan(values)] for values in columns]
+    return max((int(values.max()) for values in known if len(values)), default=None)
 
 
 def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:

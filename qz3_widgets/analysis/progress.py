@@ -73,7 +73,7 @@ class ProgressReader:
             tokens_per_second=float(steps["tokens_per_second"].iloc[-1]) if len(steps) else None,
             elapsed_seconds=_elapsed(running, origin, records),
             seconds_left=_left(steps["step_seconds"].tail(_WINDOW).tolist(), step, max_steps) if running else None,
-            allocated_bytes={int(rank): int(size) for rank, size in last["allocated_bytes"].dropna().items()},
+            allocated_bytes={int(str(rank)): int(size) for rank, size in last["allocated_bytes"].dropna().items()},
         )
 
 

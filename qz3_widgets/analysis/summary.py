@@ -16,17 +16,23 @@ from .failure import find_failure
 from .loss import LossSummary, speed, summarize_loss
 from .memory import fullest, imbalance, peaks
 from .names import config_of
+from .proof import prove
 
 _PHASE_BYTES = ("settled_bytes", "peak_bytes", "reserved_peak_bytes", "device_peak_bytes", "host_peak_bytes")
 
 
-def summarize(run: Run) -> dict[str, Any]:
+def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
     """All figures of a run that a reader asks for first.
 
     Sizes are in bytes, times in seconds; ``None`` is what was not measured or not reached. A loss that was not a
     number is ``None`` too (JSON has no NaN), and ``first_nan_step`` says from which step on.
+
+    Args:
+        run: The run.
+        trace: Its memory, if it was read already.
     """
-    status, config, trace, metrics = run.status, config_of(run), run.memory(), run.metrics()
+    status, config, metrics = run.status, config_of(run), run.metrics()
+    trace = run.memory() if trace is None else trace
     table = peaks(trace)
     loss, pace = summarize_loss(metrics), speed(metrics)
     failure = find_failure(status, trace)
@@ -56,6 +62,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "step_seconds": pace.step_seconds,
         "times": times(status, trace, table),
         "expected_against_measured": None,
+        "proof": prove(run).verdict(),
     }
 
 

@@ -73,7 +73,10 @@ def _memory(summary: Mapping[str, Any]) -> str:
         return "No memory was recorded."
     when = "of a step" if top["phase"] == "step" else f"in {top['phase']}"
     text = f"Fullest: rank {top['rank']} with {format_bytes(top['peak_bytes'])} at the peak {when}"
-    return f"{text}, of {format_bytes(capacity)}." if capacity else f"{text}."
+    if not capacity:
+        return f"{text}."
+    shared = " of host memory, which the ranks share" if summary["device"] == "cpu" else ""
+    return f"{text}, of {format_bytes(capacity)}{shared}."
 
 
 def _doubts(summary: Mapping[str, Any]) -> list[str]:

@@ -35,7 +35,9 @@ def _same(comparison: Comparison) -> str:
         return "Same configuration"
     if comparison.losses_compare:
         return "Same model, data and seed"
-    return f"{count} field{'s differ' if count > 1 else ' differs'}, so the losses don't compare"
+    fields = comparison.fields_of_loss
+    what = ", ".join(fields) if len(fields) <= 2 else f"{len(fields)} fields of model, data and seed"
+    return f"{what} {'differs' if len(fields) == 1 else 'differ'}, so the losses don't compare"
 
 
 def _loss(comparison: Comparison) -> str | None:

@@ -47,7 +47,12 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = _f(
         None, "Hub id or folder of the tokenizer; empty means the model's own.", rare=True
     )
-    load_strategy: Literal["stock"] = _f("stock", "How the weights reach the ranks. stock: what transformers does.")
+    load_strategy: Literal["auto", "sharded", "stock", "replicated", "device_map"] = _f(
+        "auto",
+        "How the weights get onto the ranks. sharded: each is quantized and partitioned as it comes, no rank holds "
+        "the model. stock: as released, every rank holds it whole first. replicated: data parallel, a whole copy each. "
+        "device_map: one process, layers spread over the devices. auto: sharded for ZeRO-3 with 4 bit.",
+    )
     dtype: Dtype = _f("bfloat16", "Type of the weights that are not quantized: embeddings, norms, head.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = _f(
         "sdpa", "Attention kernel. flash_attention_2 and _3 need their packages and a GPU."
@@ -112,23 +117,26 @@ class ZeroSection(Section):
     overlap_comm: bool = _f(True, "Overlap communication with computation, for more memory.", rare=True)
     contiguous_gradients: bool = _f(True, "Copy gradients into one buffer as they are produced.", rare=True)
     reduce_bucket_size: PositiveInt | AutoOr = _f(
-        "auto", "Elements reduced at once; auto means hidden size squared.", unit="elements", rare=True
+        "auto", "Elements reduced at once; auto: the adapter's, 50 million at most.", unit="elements", rare=True
     )
     stage3_prefetch_bucket_size: NonNegativeInt | AutoOr = _f(
-        "auto", "Elements gathered ahead; auto means 0.9 x hidden size squared.", unit="elements", rare=True
+        "auto", "Storage elements gathered ahead; auto: one layer.", unit="elements", rare=True
     )
     stage3_param_persistence_threshold: NonNegativeInt | AutoOr = _f(
         "auto",
-        "Parameters smaller than this stay whole on every rank; auto means 10 x hidden size.",
+        "Parameters smaller than this stay whole on every rank; auto: 10 x hidden size.",
         unit="elements",
         rare=True,
     )
-    stage3_max_live_parameters: NonNegativeInt = _f(
-        1_000_000_000, "Storage elements gathered at once before the oldest are released.", unit="elements", rare=True
+    stage3_max_live_parameters: NonNegativeInt | AutoOr = _f(
+        "auto",
+        "Storage elements gathered before prefetching waits; auto: two layers. A packed 4-bit weight is a fourth of one.",
+        unit="elements",
+        rare=True,
     )
-    stage3_max_reuse_distance: NonNegativeInt = _f(
-        1_000_000_000,
-        "A parameter that is used again within this many elements is not released.",
+    stage3_max_reuse_distance: NonNegativeInt | AutoOr = _f(
+        "auto",
+        "What is used again within so many storage elements is not released in between; auto: one layer.",
         unit="elements",
         rare=True,
     )
@@ -137,6 +145,14 @@ class ZeroSection(Section):
     )
     stage3_gather_16bit_weights_on_model_save: bool = _f(
         True, "Gather trained weights on rank 0 when saving, so that plain PEFT can load the adapter."
+    )
+    release_gathered: bool = _f(
+        True,
+        "Let go of gathered 4-bit weights between forward and backward. false: as released, where every layer that was "
+        "gathered stays until its backward.",
+    )
+    shard_statistics: bool = _f(
+        True, "Partition the quantization statistics with the weights. false: they stay whole on every rank.", rare=True
     )
     leaf_modules: Literal["none"] | Names = _f(
         "none", "Class names of modules that are gathered and released as one, such as LlamaDecoderLayer.", rare=True

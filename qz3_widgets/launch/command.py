@@ -147,6 +147,11 @@ def environment_of(plan: Plan, *, port: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # or libraries place tensors on a GPU that is there
         if not plan.deepspeed:
             environment["ACCELERATE_USE_CPU"] = "true"
+    if plan.rehearsal is not None:
+        environment |= {
+            "QZ3_REHEARSAL_RANK": str(plan.rehearsal.rank),
+            "QZ3_REHEARSAL_WORLD_SIZE": str(plan.rehearsal.world_size),
+        }
     if config.launch.ranks_per_gpu > 1:
         environment["QZ3_RANKS_PER_GPU"] = str(config.launch.ranks_per_gpu)
     for name, value in config.launch.environment.items():
@@ -227,11 +232,14 @@ def _zero_optimization(zero: ZeroSection) -> dict[str, Any]:
         return content
     if zero.offload_param_device != "none":
         content["offload_param"] = {"device": zero.offload_param_device, "pin_memory": zero.offload_pin_memory}
+    # The ranks compute what is "auto" from the model's sizes. For these two the Trainer has no "auto", and without a
+    # word DeepSpeed takes its defaults.
+    for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        if getattr(zero, name) != "auto":
+            content[name] = getattr(zero, name)
     return content | {
         "stage3_prefetch_bucket_size": zero.stage3_prefetch_bucket_size,
         "stage3_param_persistence_threshold": zero.stage3_param_persistence_threshold,
-        "stage3_max_live_parameters": zero.stage3_max_live_parameters,
-        "stage3_max_reuse_distance": zero.stage3_max_reuse_distance,
         "stage3_gather_16bit_weights_on_model_save": zero.stage3_gather_16bit_weights_on_model_save,
         "sub_group_size": zero.sub_group_size,
     }

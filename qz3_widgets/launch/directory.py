@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import site
 import sys
@@ -55,6 +56,15 @@ def package_root() -> Path | None:
     root = Path(__file__).resolve().parents[2]
     installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
     return None if root in installed else root
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which a new Python finds this package too."""
+    environment = dict(os.environ)
+    root = package_root()
+    if root is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environment.get("PYTHONPATH"))))
+    return environment
 
 
 def create(plan: Plan, runs_dir: Path, *, port: int, preset: str | None = None) -> RunLayout:

@@ -23,7 +23,7 @@ from ..runs.layout import RunLayout
 from ..runs.ranks import read_ranks
 from ..runs.status import Status, read_status, resolve, utc_now, write_status
 from ..runs.store import Run
-from .directory import create, package_root
+from .directory import child_environment, create
 from .tree import ProcessTree
 
 if TYPE_CHECKING:
@@ -162,17 +162,12 @@ def _start_supervisor(layout: RunLayout, arguments: list[str]) -> None:
     Raises:
         ValueError: it has not; its processes are gone.
     """
-    environment = dict(os.environ)
-    root = package_root()
-    if root is not None:
-        inherited = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{root}{os.pathsep}{inherited}" if inherited else str(root)
     begin = size_of(layout.supervisor_log)
     # -P: a file in the current folder must not stand in for a module of the same name.
     command = [sys.executable, "-P", "-m", "qz3_widgets.launch.supervisor", str(layout.root), *arguments]
     with open(layout.supervisor_log, "ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=child_environment()
         )
     identity = ProcessId.of(process.pid)
     # Reaps it whenever it ends; a thread, because nobody here waits for a run.

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,7 @@ DEFAULT_GRACE_SECONDS = 10.0
 _AFTER_DEATH_SECONDS = 10.0  # that torchrun gets to end the other ranks itself
 _TERM_SECONDS = 2.0
 _LINGER_SECONDS = 2.0  # for helpers of the ranks to go by themselves after a good end
+_FULL_BYTES = 16 * 1024  # less is as good as nothing
 _WRITE_SECONDS = 60.0  # of trying to write the last status to a full disk
 
 
@@ -54,6 +57,7 @@ class Supervisor:
         self._stop_deadline: float | None = None
         self._death: Death | None = None
         self._death_deadline: float | None = None
+        self._disk_was_full = False
         self._wake_end, write_end = os.pipe()
         os.set_blocking(self._wake_end, False)
         os.set_blocking(write_end, False)
@@ -100,6 +104,8 @@ class Supervisor:
     def _look_around(self) -> None:
         """One look at everything; decides whether the run has to be ended."""
         now = time.monotonic()
+        with contextlib.suppress(OSError):
+            self._disk_was_full |= shutil.disk_usage(self._layout.root).free < _FULL_BYTES
         for process in self._watch.processes().values():
             self._tree.add(process)
         if self._stop_deadline is None and self._is_stop_wanted():
@@ -163,6 +169,7 @@ class Supervisor:
             death_process=self._watch.processes().get(self._death.rank) if self._death else None,
             traces=tuple(self._watch.traces().values()),
             start_error=self._start_error,
+            disk_was_full=self._disk_was_full,
         )
         status = judge(self._status, end, self._log)
         self._say(f"{status.state}, exit code {status.exit_code}")
@@ -172,6 +179,7 @@ class Supervisor:
                 write_status(self._layout, status)
                 break
             except OSError as error:
+                self._note(error)
                 # The old file stays whole; without the new one the state is worked out from the traces.
                 if time.monotonic() > deadline:
                     self._say(f"could not write status.json: {error}")
@@ -204,8 +212,11 @@ class Supervisor:
         try:
             with open(self._layout.supervisor_log, "a", encoding="utf-8") as log:
                 log.write(f"{utc_now()} {redact(text)}\n")
-        except OSError:  # a full disk must not keep the supervisor from its work
-            return
+        except OSError as error:  # a full disk must not keep the supervisor from its work
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        self._disk_was_full |= error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import signal
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from ..runs.ranks import Death, RankTrace
 from ..runs.secrets import redact
 from ..runs.status import WITHOUT_A_WORD, Status, utc_now, utc_text
 from .watch import LauncherLog, signal_name
+
+_NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,23 @@ class AttemptEnd:
     death_process: ProcessId | None
     traces: tuple[RankTrace, ...]
     start_error: str | None = None
+    disk_was_full: bool = False
+
+
+DISK_FULL = "the disk that holds the run was full; make room and start it again"
 
 
 def judge(status: Status, end: AttemptEnd, log: LauncherLog) -> Status:
     """``status`` with the end in it: state, exit code, who failed first, and why."""
+    judged = _judge(status, end, log)
+    error = judged.error or WITHOUT_A_WORD
+    if judged.state != "failed" or not end.disk_was_full or _NO_SPACE in error:
+        return judged
+    # On a full disk the ranks can't say why they end, so "without a word" means nothing.
+    return dataclasses.replace(judged, error=DISK_FULL if error == WITHOUT_A_WORD else f"{DISK_FULL} ({error})")
+
+
+def _judge(status: Status, end: AttemptEnd, log: LauncherLog) -> Status:
     ended = dataclasses.replace(status, ended=utc_now(), exit_code=end.exit_code)
     outcomes = [trace.outcome for trace in end.traces]
     expected = status.num_ranks or len(outcomes)
@@ -37,7 +54,7 @@ def judge(status: Status, end: AttemptEnd, log: LauncherLog) -> Status:
     failed = dataclasses.replace(ended, state="failed")
     if end.exit_code == 0 and (end.death is None or end.death.error is None):
         told = outcomes.count("succeeded")
-        error = f"the launcher ended well, but only {told} of {expected} ranks recorded a good end (a full disk?)"
+        error = f"the launcher ended well, but only {told} of {expected} ranks recorded a good end"
         return dataclasses.replace(failed, error=error)
     if end.death is not None:
         return _of_rank(failed, end.death, end.death_process, log)

@@ -17,11 +17,9 @@ from ..runs.ranks import Death, RankTrace, first_death, list_traces, read_rank, 
 _LOG_BYTES = 512 * 1024
 # torchrun says this about each rank as soon as it has seen its end.
 _EXIT_LINE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: (\d+)\)")
-# And this about the first one, at its own end.
-_ROOT_CAUSE = re.compile(
-    r"Root Cause \(first observed failure\):.*?rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \(pid: (\d+)\)",
-    re.DOTALL,
-)
+# And this about all of them at its own end, the one that it noticed first behind the others.
+_REPORT = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \(pid: (\d+)\)")
+_ROOT_CAUSE = "Root Cause (first observed failure):"
 # Without torchrun (one process), accelerate reports a signal so.
 _DIED = re.compile(r"died with <Signals\.(\w+):")
 _RANK_PREFIX = r"(?:\[(?:rank ?\d+|[a-z]+\d+)\]:? ?)?"
@@ -90,12 +88,14 @@ class LauncherLog:
         """What torchrun says of the end of the rank with this process number."""
         text = self._text()
         found = [RankExit(None, int(process), int(code)) for code, process in _EXIT_LINE.findall(text)]
-        return next((told for told in (*found, self.root_cause()) if told is not None and told.pid == pid), None)
+        found += [_report(match) for match in _REPORT.finditer(text)]
+        return next((told for told in found if told.pid == pid), None)
 
     def root_cause(self) -> RankExit | None:
-        """The rank that torchrun saw failing first."""
-        match = _ROOT_CAUSE.search(self._text())
-        return RankExit(*map(int, match.group(1, 3, 2))) if match else None
+        """The rank that torchrun saw failing first; where several end at once, that is any of them."""
+        _, mark, rest = self._text().partition(_ROOT_CAUSE)
+        match = _REPORT.search(rest) if mark else None
+        return _report(match) if match else None
 
     def signal_without_torchrun(self) -> str | None:
         """The signal that ended the only rank of a launcher without torchrun."""
@@ -122,6 +122,10 @@ class LauncherLog:
                 return file.read().decode("utf-8", errors="replace")
         except OSError:
             return ""
+
+
+def _report(match: re.Match[str]) -> RankExit:
+    return RankExit(int(match[1]), int(match[3]), int(match[2]))
 
 
 def signal_name(exit_code: int | None) -> str | None:

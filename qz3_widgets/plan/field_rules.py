@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..config.data_layout import num_held_out
+from ..config.strategy import strategy_faults
 from .context import BNB_OPTIMIZERS, Context
 from .issue import Issue
 
@@ -20,6 +21,12 @@ def sharding(context: Context) -> Iterator[Issue]:
         yield Issue("not-sharded", "info", "zero.zero_stage", f"{what} sharded: every rank holds the whole model", fix)
     elif ranks == 1:
         yield Issue("one-rank", "info", "launch.num_processes", "with one rank there is nothing to shard")
+
+
+def load_strategy(context: Context) -> Iterator[Issue]:
+    """The way in which the weights are loaded goes with the stage and the number of processes."""
+    for field, message, fix in strategy_faults(context.config):
+        yield Issue("load-strategy", "error", field, message, fix)
 
 
 def quantization(context: Context) -> Iterator[Issue]:
@@ -95,7 +102,11 @@ def adapter(context: Context) -> Iterator[Issue]:
             "lora.modules_to_save",
             "trained in full, with gradients and optimizer state, and not sharded while they load",
         )
-    if context.config.lora.use_dora and context.config.zero.zero_stage == 3 and context.config.quantization.load_in_4bit:
+    if (
+        context.config.lora.use_dora
+        and context.config.zero.zero_stage == 3
+        and context.config.quantization.load_in_4bit
+    ):
         yield Issue(
             "dora-with-zero3-4bit",
             "error",
@@ -234,6 +245,7 @@ def remote_code(context: Context) -> Iterator[Issue]:
 
 RULES = (
     sharding,
+    load_strategy,
     quantization,
     precision,
     offload,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from ..config.changes import with_changes
 from ..config.schema import RunConfig
+from ..config.strategy import resolve_load_strategy
 from ..units import format_bytes
 from .capabilities import Capabilities, detect
 from .context import Context, Device
@@ -30,6 +31,14 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """Which rank of how many one process plays; see :func:`~qz3_widgets.plan.rehearsal.make_rehearsal`."""
+
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be run where, and everything that was found out about it beforehand."""
 
@@ -42,6 +51,7 @@ class Plan:
     deepspeed: bool  # False: plain data parallel, without DeepSpeed
     threads_per_rank: int
     created: str  # ISO 8601, UTC
+    rehearsal: Rehearsal | None = None  # one process plays one rank of world_size
 
     @property
     def errors(self) -> tuple[Issue, ...]:
@@ -61,8 +71,10 @@ class Plan:
 
     @property
     def strategy(self) -> str:
-        """How the model is spread over the ranks: ``zero3``, ``zero2``, ``zero1`` or ``data_parallel``."""
-        return f"zero{self.config.zero.zero_stage}" if self.deepspeed else "data_parallel"
+        """How the model is spread: ``zero3``, ``zero2``, ``zero1``, ``data_parallel`` or ``device_map``."""
+        if self.deepspeed:
+            return f"zero{self.config.zero.zero_stage}"
+        return "device_map" if resolve_load_strategy(self.config) == "device_map" else "data_parallel"
 
     def raise_if_blocked(self) -> None:
         """Do nothing if the plan can be started here.
@@ -103,10 +115,11 @@ class Plan:
             "device": self.device,
             "device_capacity_bytes": self.device_capacity_bytes,
             "strategy": self.strategy,
-            "load_strategy": self.config.model.load_strategy,
+            "load_strategy": resolve_load_strategy(self.config),
             "deepspeed": self.deepspeed,
             "threads_per_rank": self.threads_per_rank,
             "created": self.created,
+            "rehearsal": None if self.rehearsal is None else asdict(self.rehearsal),
             "machine": self.capabilities.to_json(),
             "issues": [issue.to_json() for issue in self.issues],
         }
@@ -114,6 +127,8 @@ class Plan:
     def describe_machine(self) -> str:
         """Where it runs, in words: ``"2 ranks on 2 x 24.0 GiB"``."""
         ranks = f"{self.world_size} rank{'s' if self.world_size != 1 else ''}"
+        if self.rehearsal is not None:
+            ranks = f"rehearsal: rank {self.rehearsal.rank} of {self.rehearsal.world_size}"
         gpus = self.capabilities.usable_gpus
         if self.device == "cuda":
             here = (
@@ -127,7 +142,7 @@ class Plan:
         config = self.config
         rows = {
             "run": config.name,
-            "model": f"{config.model.name_or_path} ({config.model.load_strategy} loading)",
+            "model": f"{config.model.name_or_path} ({resolve_load_strategy(config)} loading)",
             "runs on": self.describe_machine(),
             "strategy": self.strategy + (", 4-bit base" if config.quantization.load_in_4bit else ", 16-bit base"),
             "data": config.data.source,

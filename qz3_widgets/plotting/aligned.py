@@ -45,7 +45,9 @@ def align(part: pd.DataFrame, stretches: list[Segment], *, load_seconds: float, 
     """
     load, ready = stretches[0], stretches[1]
     found = [_stretch(part[part["phase"] == "load"], load, load_seconds)]
-    found.append(_stretch(part[part["phase"].isin(_SETUP)], ready, ready_seconds))
+    loaded = part[part["phase"] == "load"]["time_seconds"].max()  # what comes before the load is no part of ready
+    setup = part["phase"].isin(_SETUP) & ~(part["time_seconds"] < loaded)
+    found.append(_stretch(part[setup], ready, ready_seconds))
     if len(stretches) > 2:
         first = stretches[2]
         found.append(_place(*step_positions(part, 1, FIRST_STEPS), first, _count(first)))

@@ -37,7 +37,7 @@ from .style import (
 )
 from .view import FigureView
 
-_NOTHING = "No memory is on record yet."
+_NOTHING = "No memory of a load or a step is on record yet."
 _PANEL, _TOP, _GAP, _ROW_GAP, _FOOT, _LEFT = 178.0, 30.0, 18.0, 32.0, 24.0, 50.0
 
 
@@ -72,9 +72,13 @@ def plot_memory_compare(runs: Sequence[Run], *, ax: Axes | None = None) -> Figur
     if not runs:
         raise ValueError("plot_memory_compare takes one run or more")
     labels = label_runs(runs)
-    sources = [memory_source(run) for run in runs]
+    return compare_memory([labels[run.run_id] for run in runs], [memory_source(run) for run in runs], ax=ax)
+
+
+def compare_memory(labels: list[str], sources: list[MemorySource], *, ax: Axes | None = None) -> FigureView | Axes:
+    """:func:`plot_memory_compare` of runs that were read already."""
     with styled():
-        overlay = _overlay([labels[run.run_id] for run in runs], sources)
+        overlay = _overlay(labels, sources)
         if overlay is None:
             table = sources[0].table
             return say(ax, _NOTHING) if ax is not None else empty_view(_NOTHING, table)
@@ -86,14 +90,13 @@ def plot_memory_compare(runs: Sequence[Run], *, ax: Axes | None = None) -> Figur
 
 
 def _overlay(labels: list[str], sources: list[MemorySource]) -> _Overlay | None:
-    recorded = [source for source in sources if source.ranks]
+    recorded = [source for source in sources if len(_drawn_peaks(source))]
     if not recorded:
         return None
     there = sorted({int(rank) for source in recorded for rank in source.frame["rank"].unique()})
     ranks = there if len(there) <= MAX_RANKS else sorted({rank for rank in recorded[0].ranks if rank in there})
     most_steps = max(_num_steps(source) for source in recorded)
-    drawn = ("load", "ready", "step")
-    largest = max(float(source.table[source.table["phase"].isin(drawn)]["peak_bytes"].max()) for source in recorded)
+    largest = max(float(_drawn_peaks(source)["peak_bytes"].max()) for source in recorded)
     capacities = {size for source in recorded for size in source.trace.capacity_bytes.values()}
     return _Overlay(
         labels=labels,
@@ -101,8 +104,14 @@ def _overlay(labels: list[str], sources: list[MemorySource]) -> _Overlay | None:
         ranks=ranks,
         stretches=segments(most_steps),
         seconds=(_longest(recorded, "load"), _longest(recorded, "ready")),
-        scale=memory_scale(0.0 if math.isnan(largest) else largest, capacities, recorded[0].trace.device),
+        scale=memory_scale(largest, capacities, recorded[0].trace.device),
     )
+
+
+def _drawn_peaks(source: MemorySource) -> pd.DataFrame:
+    """The rows of the table of peaks for what is drawn."""
+    table = source.table
+    return table[table["phase"].isin(("load", "ready", "step")) & table["peak_bytes"].notna()]
 
 
 def _num_steps(source: MemorySource) -> int:
@@ -172,8 +181,8 @@ def _panel(
         # Runs that agree lie on each other: the earlier ones are wider, so that each is seen.
         above = len(overlay.sources) - 1 - i
         ax.plot(
-            *thin_line(x, level, buckets), color=run_color(i), linestyle=run_dash(i), linewidth=1.4 + 1.2 * above,
-            alpha=0.55 if above else 1.0, zorder=4,
+            *thin_line(x, level, buckets), color=run_color(i), linestyle=run_dash(i), linewidth=1.4 + 0.9 * above,
+            alpha=0.7 if above else 1.0, zorder=4,
         )  # fmt: skip
         if source.failure is not None:
             ax.plot(x[-1:], level[-1:], "x", color=color("error"), markersize=8, markeredgewidth=2.2, zorder=7)
@@ -188,10 +197,8 @@ def _row_peaks(overlay: _Overlay, ranks: Sequence[int]) -> list[float | None]:
     """Each run's largest peak among ``ranks`` in what is drawn."""
     found: list[float | None] = []
     for source in overlay.sources:
-        rows = source.table[
-            source.table["rank"].isin(list(ranks)) & source.table["phase"].isin(("load", "ready", "step"))
-        ]
-        largest = rows["peak_bytes"].max()
+        rows = _drawn_peaks(source)
+        largest = rows[rows["rank"].isin(list(ranks))]["peak_bytes"].max()
         found.append(None if pd.isna(largest) else float(largest))
     return found
 

@@ -71,9 +71,9 @@ def shorten(text: str, max_px: float, *, bold: bool = False) -> str:
     """``text``, cut with an ellipsis if it is wider than ``max_px``."""
     if text_width(text, bold=bold) <= max_px:
         return text
-    while text and text_width(text + "…", bold=bold) > max_px:
-        text = text[:-1]
-    return text.rstrip(" ,.:") + "…"
+    room = max_px - text_width("…", bold=bold)
+    ends = np.cumsum([text_width(letter, bold=bold) for letter in text])
+    return text[: int(np.searchsorted(ends, room, side="right"))].rstrip(" ,.:") + "…"
 
 
 def wrap_text(text: str, max_px: float, max_lines: int = 2) -> list[str]:

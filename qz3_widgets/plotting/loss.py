@@ -26,9 +26,10 @@ _NOTHING = "No loss is on record yet."
 X = Literal["step", "tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Curve:
     label: str
+    index: int
     state: str
     max_steps: int | None
     steps: pd.DataFrame
@@ -36,11 +37,15 @@ class _Curve:
 
 
 @overload
-def plot_loss(runs: Run | Sequence[Run], x: X = "step", *, ax: None = None, span: int | None = None) -> FigureView: ...
-@overload
-def plot_loss(runs: Run | Sequence[Run], x: X = "step", *, ax: Axes, span: int | None = None) -> Axes: ...
 def plot_loss(
-    runs: Run | Sequence[Run], x: X = "step", *, ax: Axes | None = None, span: int | None = None
+    runs: Run | Sequence[Run], x: X = "step", *, ax: None = None, span: int | None = None, index: int = 0
+) -> FigureView: ...
+@overload
+def plot_loss(
+    runs: Run | Sequence[Run], x: X = "step", *, ax: Axes, span: int | None = None, index: int = 0
+) -> Axes: ...
+def plot_loss(
+    runs: Run | Sequence[Run], x: X = "step", *, ax: Axes | None = None, span: int | None = None, index: int = 0
 ) -> FigureView | Axes:
     """Training loss, each step thin and smoothed in full, with the evaluations as marks.
 
@@ -49,6 +54,7 @@ def plot_loss(
         x: ``"step"``, or ``"tokens"`` seen by all ranks: runs with other batches compare by tokens.
         ax: Draw into these axes, and return them.
         span: Steps to smooth over; 8, or fewer in a short run, if left out.
+        index: The first run's place among those shown elsewhere, which gives it its colour.
 
     Raises:
         ValueError: ``x`` is neither, or ``span`` is below 1.
@@ -57,7 +63,7 @@ def plot_loss(
         raise ValueError(f"x is {x!r}: a loss is drawn by 'step' or by 'tokens'")
     chosen = [runs] if isinstance(runs, Run) else list(runs)
     labels = label_runs(chosen)
-    curves = [_read(run, labels[run.run_id], x, span) for run in chosen]
+    curves = [_read(run, labels[run.run_id], x, span, index + i) for i, run in enumerate(chosen)]
     with styled():
         if not any(len(curve.steps) or len(curve.evals) for curve in curves):
             return say(ax, _NOTHING) if ax is not None else empty_view(_NOTHING, _numbers(curves), _WIDTH)
@@ -71,13 +77,14 @@ def plot_loss(
         return FigureView(figure, (main,), data=_numbers(curves), alt=_alt(curves))
 
 
-def _read(run: Run, label: str, x: X, span: int | None) -> _Curve:
+def _read(run: Run, label: str, x: X, span: int | None, index: int) -> _Curve:
     metrics, status = run.metrics(), run.status
     steps, evals = loss_curve(metrics, span=span), eval_curve(metrics)
     place = "step" if x == "step" else "num_tokens"
     known = metrics["max_steps"].dropna()
     return _Curve(
         label=label,
+        index=index,
         state=status.state,
         max_steps=int(known.iloc[-1]) if len(known) else None,
         steps=steps.assign(x=steps[place].to_numpy(np.float64, na_value=np.nan)),
@@ -100,9 +107,11 @@ def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
         put(ax, middle, height - 10, "still to come", ha="center", color=color("muted"))
     alike = _alike(curves)
     drawn: list[tuple[Floats, Floats]] = []
-    for i, curve in enumerate(curves):
-        wide = alike is not None and i == 0
-        drawn += _draw_curve(ax, curve, i, wide=wide, alone=len(curves) == 1, budget=MAX_POINTS // 4 // len(curves))
+    filled = [curve for curve in curves if len(curve.steps)]
+    for curve in curves:
+        # Runs that agree lie on each other: the earlier ones are wider, so that each is seen.
+        above = len(filled) - 1 - filled.index(curve) if curve in filled else 0
+        drawn += _draw_curve(ax, curve, above=above, alone=len(curves) == 1, budget=MAX_POINTS // 4 // len(curves))
     if alike is not None:
         text = f"The two curves agree: largest difference {alike:.3f}"
         spot = free_spot(ax, ((begin + end) / 2, ax.get_ylim()[1]), (text_width(text), 14), drawn)
@@ -110,18 +119,16 @@ def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
     _label_ends(ax, curves, width if to_come is None else (end - begin) / (max(end, to_come) - begin) * width)
 
 
-def _draw_curve(
-    ax: Axes, curve: _Curve, index: int, *, wide: bool, alone: bool, budget: int
-) -> list[tuple[Floats, Floats]]:
-    line = run_color(index)
+def _draw_curve(ax: Axes, curve: _Curve, *, above: int, alone: bool, budget: int) -> list[tuple[Floats, Floats]]:
+    line = run_color(curve.index)
     place = curve.steps["x"].to_numpy()
     raw, smoothed = curve.steps["loss"].to_numpy(np.float64), curve.steps["smoothed"].to_numpy(np.float64)
     marker = "o" if len(place) < 4 else ""
     ax.plot(*thin_line(place, raw, budget), color=line, linewidth=0.8, alpha=0.5, zorder=3, marker=marker, markersize=3)
-    thick, alpha = (4.5, 0.45) if wide else (1.9, 1.0)
+    thick, alpha = 1.9 + 1.6 * above, 0.6 if above else 1.0
     ax.plot(
-        *thin_line(place, smoothed, budget), color=line, linewidth=thick, alpha=alpha, zorder=4 + (not wide),
-        linestyle=run_dash(index),
+        *thin_line(place, smoothed, budget), color=line, linewidth=thick, alpha=alpha, zorder=4,
+        linestyle=run_dash(curve.index),
     )  # fmt: skip
     at, level = curve.evals["x"].to_numpy(), curve.evals["eval_loss"].to_numpy(np.float64)
     ax.plot(
@@ -156,7 +163,7 @@ def _first_nan(curve: _Curve) -> str | None:
 def _end_labels(curves: Sequence[_Curve]) -> list[tuple[float, str, int, bool]]:
     """(height in data, text, index of the run, bold) of the labels at the right."""
     found = []
-    for i, curve in enumerate(curves):
+    for curve in curves:
         name = f"{curve.label} " if len(curves) > 1 else ""
         ended = "" if curve.state in ("succeeded", "running", "pending") else f", {curve.state}"
         if len(curves) > 1 and (bad := _first_nan(curve)) is not None:
@@ -164,10 +171,10 @@ def _end_labels(curves: Sequence[_Curve]) -> list[tuple[float, str, int, bool]]:
         smoothed = curve.steps["smoothed"].dropna()
         if len(smoothed):
             suffix = ", smoothed" if len(curves) == 1 and not ended else ""
-            found.append((float(smoothed.iloc[-1]), f"{name}{smoothed.iloc[-1]:.3f}{suffix}{ended}", i, True))
+            found.append((float(smoothed.iloc[-1]), f"{name}{smoothed.iloc[-1]:.3f}{suffix}{ended}", curve.index, True))
         evals = curve.evals["eval_loss"].dropna()
         if len(evals):
-            found.append((float(evals.iloc[-1]), f"{name}evaluation {evals.iloc[-1]:.3f}", i, False))
+            found.append((float(evals.iloc[-1]), f"{name}evaluation {evals.iloc[-1]:.3f}", curve.index, False))
     return found
 
 
@@ -192,6 +199,7 @@ def _y_axis(ax: Axes, curves: Sequence[_Curve]) -> None:
 
 def _alike(curves: Sequence[_Curve]) -> float | None:
     """The largest difference of two smoothed curves over the same steps, where it is too small to be seen."""
+    curves = [curve for curve in curves if len(curve.steps)]
     if len(curves) != 2 or len(curves[0].steps) < 2 or not curves[0].steps["step"].equals(curves[1].steps["step"]):
         return None
     first, second = (curve.steps["smoothed"].to_numpy(np.float64) for curve in curves)

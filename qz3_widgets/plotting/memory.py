@@ -11,16 +11,14 @@ from matplotlib.axes import Axes
 
 from ..analysis.failure import Failure
 from ..analysis.memory import fullest, phase_spans, typical_ranks
-from ..runs.store import Run
-from ..trace.reader import MemoryTrace
 from ..units import format_bytes, format_duration
 from .empty import empty_view, say
 from .labels import LINE_PX, fitting_name, free_spot, put, shorten, wrap_text
 from .scales import MemoryScale, memory_axis, memory_scale, time_axis
 from .series import MAX_POINTS, Floats, thin_line, tint_outline
-from .source import MemorySource, memory_source
+from .source import MemoryData, MemorySource, memory_source
 from .steps import draw_steps, last_steps
-from .style import WIDTH_PX, add_axes, color, new_figure, plain, run_color, size_px, styled, text_width
+from .style import WIDTH_PX, add_axes, color, new_figure, plain, run_color, run_text_color, size_px, styled, text_width
 from .view import FigureView
 
 _TOP, _BOTTOM, _HEIGHT = 34.0, 26.0, 292.0
@@ -31,11 +29,13 @@ _NOTHING = "No memory is on record yet."
 
 
 @overload
-def plot_memory(data: Run | MemoryTrace, *, ax: None = None, ranks: Iterable[int] | None = None) -> FigureView: ...
-@overload
-def plot_memory(data: Run | MemoryTrace, *, ax: Axes, ranks: Iterable[int] | None = None) -> Axes: ...
 def plot_memory(
-    data: Run | MemoryTrace, *, ax: Axes | None = None, ranks: Iterable[int] | None = None
+    data: MemoryData, *, ax: None = None, ranks: Iterable[int] | None = None, index: int = 0
+) -> FigureView: ...
+@overload
+def plot_memory(data: MemoryData, *, ax: Axes, ranks: Iterable[int] | None = None, index: int = 0) -> Axes: ...
+def plot_memory(
+    data: MemoryData, *, ax: Axes | None = None, ranks: Iterable[int] | None = None, index: int = 0
 ) -> FigureView | Axes:
     """Allocated memory of each rank over time, of the last attempt.
 
@@ -47,11 +47,12 @@ def plot_memory(
         data: A run, or its memory traces.
         ax: Draw into these axes (without the detail and the list of ranks), and return them.
         ranks: Only these ranks.
+        index: The run's place among several that are shown, which gives it its colour.
 
     Raises:
         ValueError: one of ``ranks`` has no records.
     """
-    source = memory_source(data, ranks)
+    source = memory_source(data, ranks, index=index)
     with styled():
         if not source.ranks:
             return say(ax, _NOTHING) if ax is not None else empty_view(_NOTHING, source.frame)
@@ -76,8 +77,9 @@ def plot_memory(
 
 def _scale(source: MemorySource) -> MemoryScale:
     shown = source.frame[source.frame["rank"].isin(source.ranks)]
-    largest = shown[["allocated_bytes", "peak_allocated_bytes"]].max().max()
-    return memory_scale(float(largest), source.trace.capacity_bytes.values(), source.trace.device)
+    sizes = (shown[name].max() for name in ("allocated_bytes", "peak_allocated_bytes"))
+    largest = max((float(size) for size in sizes if not pd.isna(size)), default=0.0)
+    return memory_scale(largest, source.trace.capacity_bytes.values(), source.trace.device)
 
 
 def _draw(ax: Axes, source: MemorySource, scale: MemoryScale, *, list_ranks: bool) -> None:
@@ -92,12 +94,12 @@ def _draw(ax: Axes, source: MemorySource, scale: MemoryScale, *, list_ranks: boo
         mark_failure(ax, source, scale, source.failure, curves)
     elif source.state == "running":
         x, y = curves[-1]
-        ax.plot(x[-1:], y[-1:], "o", markersize=5, color=run_color(0), clip_on=False, zorder=6)
+        ax.plot(x[-1:], y[-1:], "o", markersize=5, color=run_color(source.index), clip_on=False, zorder=6)
     if not list_ranks:
         x, y = curves[-1]
         ax.annotate(
             f"rank {source.fullest}", (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center",
-            color=color("run-1-text"), annotation_clip=False,
+            color=run_text_color(source.index), annotation_clip=False,
         )  # fmt: skip
 
 
@@ -117,9 +119,9 @@ def draw_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> list[tuple
         if top or len(ordered) <= 2:
             outline = tint_outline(time, level, np.fmax(peak, level), buckets)
             curves.append((outline[0], outline[2]))
-            ax.fill_between(*outline, color=run_color(0), alpha=0.2 if top else 0.12, linewidth=0, zorder=2)
+            ax.fill_between(*outline, color=run_color(source.index), alpha=0.2 if top else 0.12, linewidth=0, zorder=2)
         curves.append((x, y))
-        ax.plot(x, y, color=run_color(0), zorder=5 if top else 4, **_line(top))  # type: ignore[arg-type]
+        ax.plot(x, y, color=run_color(source.index), zorder=5 if top else 4, **_line(top))  # type: ignore[arg-type]
     return curves
 
 
@@ -190,12 +192,10 @@ def _regions(
 ) -> list[tuple[tuple[str, ...], float, float]]:
     """What the phases are called above the figure, from the fullest name to the shortest, and where."""
     regions: list[tuple[tuple[str, ...], float, float]] = []
-    setup = [span for span in spans if span[0] in _SETUP]
     for i, (phase, begin, end) in enumerate(spans):
-        if phase in _SETUP:
-            if (phase, begin, end) == setup[0]:
-                whole = ", ".join(dict.fromkeys(name for name, _, _ in setup))
-                regions.append(((whole, f"{setup[0][0]} to {setup[-1][0]}", "set-up"), begin, setup[-1][2]))
+        if phase in _SETUP and i and spans[i - 1][0] in _SETUP:
+            (names, since, _) = regions.pop()
+            regions.append(((f"{names[0]}, {phase}", "set-up"), since, end))
         elif phase == "step":
             # The steps' name may reach over what follows: it holds for all of them.
             regions.append(((_name_steps(source), "steps"), begin, spans[-1][2] if i + 1 < len(spans) else end))
@@ -240,7 +240,7 @@ def _list_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
         if number and number != "no trace":
             style = _line(full)
             x = np.asarray([width + 16, width + 30]) / width
-            ax.plot(x, [y / height] * 2, transform=ax.transAxes, color=run_color(0), clip_on=False, **style)  # type: ignore[arg-type]
+            ax.plot(x, [y / height] * 2, transform=ax.transAxes, color=run_color(source.index), clip_on=False, **style)  # type: ignore[arg-type]
         weight = "bold" if full else "normal"
         put(ax, width + 36, y, name, color=color(token), weight=weight)
         put(ax, width + _TABLE - 4, y, number, ha="right", color=color(token), weight=weight)

@@ -8,14 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from ..runs.store import Run
-from ..trace.reader import MemoryTrace
 from ..units import format_bytes
 from .empty import empty_view, say
 from .labels import put, spread
 from .scales import MemoryScale, memory_axis, memory_scale
-from .source import MemorySource, memory_source
-from .style import WIDTH_PX, add_axes, color, new_figure, plain, run_color, size_px, styled, text_width
+from .source import MemoryData, MemorySource, memory_source
+from .style import WIDTH_PX, add_axes, color, new_figure, plain, run_color, run_text_color, size_px, styled, text_width
 from .view import FigureView
 
 _PHASES = ("load", "ready", "step", "eval", "save")
@@ -25,10 +23,10 @@ _WIDEST_PX = 72.0  # of a bar with its share of the gaps
 
 
 @overload
-def plot_peaks(data: Run | MemoryTrace, *, ax: None = None) -> FigureView: ...
+def plot_peaks(data: MemoryData, *, ax: None = None, index: int = 0) -> FigureView: ...
 @overload
-def plot_peaks(data: Run | MemoryTrace, *, ax: Axes) -> Axes: ...
-def plot_peaks(data: Run | MemoryTrace, *, ax: Axes | None = None) -> FigureView | Axes:
+def plot_peaks(data: MemoryData, *, ax: Axes, index: int = 0) -> Axes: ...
+def plot_peaks(data: MemoryData, *, ax: Axes | None = None, index: int = 0) -> FigureView | Axes:
     """Peak and settled memory of each rank in each phase of the last attempt.
 
     The whole bar is the peak, its full-coloured part what was settled at the end of the phase (at the end of a step);
@@ -38,8 +36,9 @@ def plot_peaks(data: Run | MemoryTrace, *, ax: Axes | None = None) -> FigureView
     Args:
         data: A run, or its memory traces.
         ax: Draw into these axes, and return them.
+        index: The run's place among several that are shown, which gives it its colour.
     """
-    source = memory_source(data)
+    source = memory_source(data, index=index)
     table = source.table[source.table["phase"].isin(_PHASES) & source.table["peak_bytes"].notna()]
     with styled():
         if len(table) == 0:
@@ -96,11 +95,11 @@ def _draw(ax: Axes, source: MemorySource, table: pd.DataFrame, scale: MemoryScal
                 continue
             peak, settled = peak_bytes[rank], settled_bytes.get(rank)
             level = peak / scale.bytes_per_unit
-            ax.bar(x, level, bar, color=run_color(0), alpha=0.35, linewidth=0, zorder=2)
+            ax.bar(x, level, bar, color=run_color(source.index), alpha=0.35, linewidth=0, zorder=2)
             ends = [(level / scale.top * height, "peak")]
             if settled is not None:
                 low = settled / scale.bytes_per_unit
-                ax.bar(x, low, bar, color=run_color(0), linewidth=0, zorder=3)
+                ax.bar(x, low, bar, color=run_color(source.index), linewidth=0, zorder=3)
                 ends.append((low / scale.top * height, "settled"))
             text = scale.number(peak)
             # Where the bars are too narrow for all figures, the fullest rank's stands for its group.
@@ -109,7 +108,7 @@ def _draw(ax: Axes, source: MemorySource, table: pd.DataFrame, scale: MemoryScal
                 put(ax, px(x), level / scale.top * height + 9, text, ha="center", weight=weight, color=color("text"))
     put(ax, -6, -11, "rank", ha="right", color=color("muted"))
     for (_, name), y in zip(ends, spread([end for end, _ in ends], 14, 7, height), strict=True):
-        put(ax, width + 4, y, name, color=color("run-1-text"))
+        put(ax, width + 4, y, name, color=run_text_color(source.index))
 
 
 def _head(ax: Axes, source: MemorySource, phase: str, left: float, height: float, *, open_ended: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -31,6 +31,8 @@ class MemorySource:
     """To draw, ascending."""
     fullest: int
     """Of the ranks to draw; -1 without any."""
+    index: int = 0
+    """The run's place among those shown: its colour."""
 
     @property
     def num_left_out(self) -> int:
@@ -44,19 +46,27 @@ class MemorySource:
         return part if time.is_monotonic_increasing else part.sort_values("time_seconds", kind="stable")
 
 
-def memory_source(data: Run | MemoryTrace, ranks: Iterable[int] | None = None) -> MemorySource:
+MemoryData = Run | MemoryTrace | MemorySource
+"""What the plots of memory take; a :class:`MemorySource` spares reading a run again for each of several plots."""
+
+
+def memory_source(data: MemoryData, ranks: Iterable[int] | None = None, *, index: int = 0) -> MemorySource:
     """Read ``data``.
 
     Raises:
         ValueError: one of ``ranks`` has no records.
     """
-    if isinstance(data, MemoryTrace):
+    if isinstance(data, MemorySource):
+        if ranks is None:
+            return replace(data, index=index)
+        trace, state, failure = data.trace, data.state, data.failure
+    elif isinstance(data, MemoryTrace):
         trace, state, failure = data, None, None
     else:
         status, trace = data.status, data.memory()
         state, failure = status.state, find_failure(status, trace)
     frame, table = trace.last_attempt(), peaks(trace)
-    there = sorted(int(rank) for rank in frame["rank"].unique())
+    there = sorted(int(rank) for rank in frame[frame["allocated_bytes"].notna()]["rank"].unique())
     if ranks is not None:
         chosen = sorted(set(ranks))
         if unknown := [rank for rank in chosen if rank not in there]:
@@ -74,4 +84,5 @@ def memory_source(data: Run | MemoryTrace, ranks: Iterable[int] | None = None) -
         failure=failure,
         ranks=tuple(chosen),
         fullest=order[0] if order else (chosen[0] if chosen else -1),
+        index=index,
     )

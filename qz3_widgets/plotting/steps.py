@@ -75,7 +75,7 @@ def draw_steps(ax: Axes, source: MemorySource, scale: MemoryScale, steps: list[i
         level, peak = level / scale.bytes_per_unit, peak / scale.bytes_per_unit
         if top or len(ordered) <= 2:
             outline = tint_outline(x, level, np.fmax(peak, level), 300)
-            ax.fill_between(*outline, color=run_color(0), alpha=0.2 if top else 0.12, linewidth=0, zorder=2)
+            ax.fill_between(*outline, color=run_color(source.index), alpha=0.2 if top else 0.12, linewidth=0, zorder=2)
         x, level = thin_line(x, level, 300)
         line = {"linewidth": 1.5, "alpha": 1.0} if top else {"linewidth": 2.6, "alpha": 0.4}
-        ax.plot(x, level, color=run_color(0), zorder=5 if top else 4, **line)  # type: ignore[arg-type]
+        ax.plot(x, level, color=run_color(source.index), zorder=5 if top else 4, **line)  # type: ignore[arg-type]

@@ -117,15 +117,23 @@ def families() -> tuple[str, ...]:
     return (*usual[:1], "DejaVu Sans")
 
 
-def text_width(text: str, *, bold: bool = False, size: float = FONT_PX) -> float:
+def text_width(text: str, *, bold: bool = False) -> float:
     """Width of ``text`` in pixels, in the widest font that a page may be set in: most are an eighth narrower."""
-    properties = FontProperties(family=["DejaVu Sans"], weight="bold" if bold else "normal")
-    font = get_font(findfont(properties))
-    font.set_size(size, 72)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        font.set_text(text, 0.0)
-    return float(font.get_width_height()[0]) / 64
+    widths, usual = _letter_widths(bold)
+    return sum(widths.get(letter, usual) for letter in text)
+
+
+@cache
+def _letter_widths(bold: bool) -> tuple[dict[str, float], float]:
+    """Width of each usual letter in pixels, and what to take for the others (a square, as wide as any script's)."""
+    font = get_font(findfont(FontProperties(family=["DejaVu Sans"], weight="bold" if bold else "normal")))
+    font.set_size(FONT_PX, 72)
+    there = font.get_charmap()
+    letters = [chr(code) for code in range(0x20, 0x250) if code in there] + list("–—…↑−✓✕\u2009")
+    widths = {
+        letter: font.load_char(ord(letter)).linearHoriAdvance / 65536 for letter in letters if ord(letter) in there
+    }
+    return widths, float(FONT_PX)
 
 
 def new_figure(height_px: float, width_px: float = WIDTH_PX) -> Figure:

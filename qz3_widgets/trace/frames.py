@@ -20,7 +20,6 @@ BYTES_COLUMNS = (
     "host_rss_bytes",
     "host_used_bytes",
 )
-PHASE_DTYPE = pd.CategoricalDtype(list(PHASES), ordered=True)
 
 _COMMON = [("kind", pa.string()), ("time_seconds", pa.float64()), ("event", pa.string()), ("step", pa.int64())]
 MEMORY_SCHEMA = pa.schema([*_COMMON, ("phase", pa.string()), *((name, pa.int64()) for name in BYTES_COLUMNS)])
@@ -52,7 +51,7 @@ def memory_frame(table: Any, rank: int, marks: np.ndarray[Any, Any], first: int)
     Returns:
         The frame, its ``attempt`` the index of the header a row stands under, and the number of rows left out.
     """
-    phase = pd.Categorical(_category(table["phase"]), dtype=PHASE_DTYPE)
+    phase = _category(table["phase"]).set_categories(list(PHASES), ordered=True)
     time_seconds = _floats(table["time_seconds"])
     frame = pd.DataFrame(
         {

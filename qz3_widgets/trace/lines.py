@@ -65,7 +65,7 @@ def parse(data: bytes, kind: str, schema: pa.Schema) -> Batch:
     batch = _parse_fast(data, kind, schema)
     if batch is not None:
         return batch
-    parts = [_parse_fast(block, kind, schema) or _parse_lines(block, kind, schema) for block in _blocks(data)]
+    parts = [_parse_fast(block, kind, schema) or _parse_block(block, kind, schema) for block in _blocks(data)]
     joined = Batch(pa.concat_tables([part.records for part in parts]))
     before = 0
     for part in parts:
@@ -118,6 +118,31 @@ def _lines_at(data: bytes, rows: np.ndarray[Any, np.dtype[np.intp]], num_rows: i
         texts = [data[starts[row] : ends[row]] for row in rows.tolist()]
     lines = [objects[0] for text in texts if (objects := _objects(text)) and isinstance(objects[0].get("kind"), str)]
     return lines if len(lines) == len(texts) else None
+
+
+def _parse_block(data: bytes, kind: str, schema: pa.Schema) -> Batch:
+    """Sort out the lines that are no JSON, and read the others fast if that goes."""
+    good: list[bytes] = []
+    num_damaged = 0
+    for line in data.split(b"\n"):
+        if _is_object(line):
+            good.append(line.strip())
+        elif objects := _objects(line):
+            good += [json.dumps(value).encode() for value in objects]
+        elif line.strip():
+            num_damaged += 1
+    batch = _parse_fast(b"\n".join([*good, b""]), kind, schema) if good else None
+    if batch is None:
+        return _parse_lines(data, kind, schema)
+    batch.num_damaged = num_damaged
+    return batch
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_lines(data: bytes, kind: str, schema: pa.Schema) -> Batch:

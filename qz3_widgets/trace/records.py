@@ -22,13 +22,14 @@ from typing import Any, Literal, TypedDict
 
 SCHEMA_VERSION = 1
 
-Phase = Literal["start", "load", "attach", "data", "engine", "step", "eval", "save"]
-PHASES: tuple[Phase, ...] = ("start", "load", "attach", "data", "engine", "step", "eval", "save")
-"""In the order in which a run enters them: ``start`` is imports and set-up, ``load`` the model, ``attach`` the
-adapter, ``data`` reading and tokenizing, ``engine`` from the Trainer's start to the first step."""
+Phase = Literal["start", "data", "load", "attach", "engine", "step", "eval", "save"]
+PHASES: tuple[Phase, ...] = ("start", "data", "load", "attach", "engine", "step", "eval", "save")
+"""In the order in which a run first enters them: ``start`` is imports and set-up, ``data`` reading (and, once the
+adapter is attached, tokenizing), ``load`` the model, ``attach`` the adapter, ``engine`` from the Trainer's start to the
+first step."""
 
 AllocatorSource = Literal["cuda", "cpu-counting", "cpu-walk"]
-"""Where ``allocated_bytes`` comes from: CUDA's caching allocator; a counting CPU allocator; a walk over live tensors."""
+"""Where ``allocated_bytes`` comes from: CUDA's allocator, a counting allocator on the CPU, a walk over live tensors."""
 
 Outcome = Literal["succeeded", "failed", "cancelled"]
 

@@ -124,7 +124,7 @@ def sft_kwargs(config: RunConfig, layout: RunLayout, *, device: str, has_eval: b
         "data_seed": training.seed,
         "use_cpu": device == "cpu",
         "ddp_timeout": config.launch.timeout_seconds,
-        "ddp_backend": "gloo" if device == "cpu" or config.launch.ranks_per_gpu > 1 else "nccl",
+        "ddp_backend": _backend(config, device),
         # Every step is recorded; what is printed is thinned out by logging_steps, in the callback that prints.
         "logging_strategy": "steps",
         "logging_steps": 1,
@@ -155,3 +155,11 @@ def sft_kwargs(config: RunConfig, layout: RunLayout, *, device: str, has_eval: b
 def collective_timeout(config: RunConfig) -> timedelta:
     """How long a collective waits for the other ranks."""
     return timedelta(seconds=config.launch.timeout_seconds)
+
+
+def _backend(config: RunConfig, device: str) -> str | None:
+    """The collectives' backend; ``None`` for a process on its own, which accelerate would otherwise want to connect."""
+    if config.zero.zero_stage == 0 and config.launch.num_processes == 1:
+        return None
+    # Ranks that share a GPU can't use NCCL, which wants a device for each.
+    return "gloo" if device == "cpu" or config.launch.ranks_per_gpu > 1 else "nccl"

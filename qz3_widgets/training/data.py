@@ -1,4 +1,4 @@
-"""From the configured source to the examples that TRL's trainer takes: ``messages``, ``prompt`` with ``completion``, or ``text``."""
+"""From the configured source to what TRL's trainer takes: ``messages``, ``prompt`` and ``completion``, or ``text``."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _shape(rows: Dataset, data: DataSection, source: str) -> Dataset:
     missing = [name for name in wanted if name not in rows.column_names]
     if missing:
         raise ValueError(
-            f"data.source: {Path(source).name} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}"
+            f"data.source: {Path(source).name} has no column {', '.join(missing)}; "
+            f"it has {', '.join(rows.column_names)}"
         )
     rows = rows.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
     if layout == "messages" and data.loss_on == "completion":

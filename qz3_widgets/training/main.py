@@ -34,7 +34,8 @@ def _read_config(layout: RunLayout) -> RunConfig:
 
 def _choose_device(config: RunConfig, identity: RankIdentity) -> None:
     """Point LOCAL_RANK at this rank's GPU before torch is imported: ranks that share a GPU share its number."""
-    os.environ["LOCAL_RANK"] = str(identity.local_rank // config.launch.ranks_per_gpu)
+    if "LOCAL_RANK" in os.environ:  # or a process on its own would take itself for one of several
+        os.environ["LOCAL_RANK"] = str(identity.local_rank // config.launch.ranks_per_gpu)
 
 
 def _keep_operators_by_environment() -> None:
@@ -59,7 +60,7 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
     identity = session.identity
     # The launch files have settled what "auto" means; without them torch knows what is there.
     device = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_gpu = int(os.environ["LOCAL_RANK"])
+    local_gpu = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_gpu)
     meter = make_meter(device, local_gpu, default_cache_dir())
@@ -69,7 +70,6 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
         "device_name": meter.device_name,
         "capacity_bytes": meter.capacity_bytes,
         "source": meter.source,
-        "rehearsal": False,
     }
     writer = TraceWriter(layout.memory_trace(identity.rank), header, started=identity.pid_created)
     recorder = MemoryRecorder(writer, meter, sample_seconds=config.training.memory_sample_seconds)
@@ -81,11 +81,11 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
     # The libraries take seconds to import: on the record, and an error among them too.
     from .run import Work
 
-    Work(config, layout, recorder, metrics, device=device, resume=resume).run()
+    Work(config, layout, recorder, metrics, device=device, resume=resume, identity=identity).run()
 
 
 def _metrics_writer(layout: RunLayout, identity: RankIdentity) -> TraceWriter | None:
-    if identity.rank != 0:
+    if identity.rank != 0 and not identity.rehearsal:
         return None
-    header = {"rank": 0, "world_size": identity.world_size}
+    header = {"rank": identity.rank, "world_size": identity.world_size, "rehearsal": identity.rehearsal}
     return TraceWriter(layout.metrics, header, started=identity.pid_created)

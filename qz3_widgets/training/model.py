@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import bitsandbytes as bnb
@@ -11,11 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from ..config.schema import RunConfig
-from ..config.shapes import shape_file
+from ..config.shapes import RANDOM_PREFIX, read_shape
+from ..config.strategy import resolve_load_strategy
 from .arguments import leaf_class_names, local_or_hub, lora_kwargs, model_kwargs
 from .loading import LOADERS, BaseModel
-
-RANDOM_PREFIX = "random:"
 
 
 def find_base(config: RunConfig) -> BaseModel:
@@ -32,8 +30,7 @@ def find_base(config: RunConfig) -> BaseModel:
             folder, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
         )
         return BaseModel(folder, shape, random=False)
-    file = shape_file(name.removeprefix(RANDOM_PREFIX))
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_shape(name.removeprefix(RANDOM_PREFIX))
     kind = values.pop("model_type")
     shape = AutoConfig.for_model(kind, **values)
     return BaseModel(name, shape, random=True)
@@ -41,7 +38,7 @@ def find_base(config: RunConfig) -> BaseModel:
 
 def load_base(config: RunConfig, base: BaseModel, mark: Callable[[str], None]) -> PreTrainedModel:
     """Load by the configured strategy, and close the traps that would end training without an error."""
-    model = LOADERS[config.model.load_strategy](config, base, mark)
+    model = LOADERS[resolve_load_strategy(config)](config, base, mark)
     keep_weights_trainable_on_cpu(model)
     model.config.use_cache = False
     return model
@@ -74,7 +71,7 @@ def attach_adapter(config: RunConfig, model: PreTrainedModel) -> PeftModel:
     except ValueError as error:
         raise ValueError(f"lora.target_modules: {error}") from error
     _set_leaves(config, peft_model)
-    return peft_model  # type: ignore[no-any-return]
+    return peft_model
 
 
 def _set_leaves(config: RunConfig, model: torch.nn.Module) -> None:

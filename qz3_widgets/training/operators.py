@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
-from torch.utils.cpp_extension import _get_build_directory
+from torch.utils import cpp_extension
 
 
 def prepare_cpu_operators(*, announce: bool) -> float:
@@ -16,6 +17,9 @@ def prepare_cpu_operators(*, announce: bool) -> float:
     """
     from deepspeed.accelerator import get_accelerator
 
+    # torch puts this folder into its linker command as it is: a space in the environment's path would end the word.
+    if " " in cpp_extension.TORCH_LIB_PATH:
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         return 0.0
@@ -30,5 +34,5 @@ def prepare_cpu_operators(*, announce: bool) -> float:
 
 
 def _is_built(name: str) -> bool:
-    folder = Path(_get_build_directory(name, verbose=False))
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     return any(folder.glob(f"{name}*.so"))

@@ -26,9 +26,10 @@ class MemoryRecorder:
         self._sample_seconds = sample_seconds
         self._phase: Phase = "start"
         self._step = 0
+        self._allocated_bytes = 0
         self._process = psutil.Process()
         # Readings reset the peak: reading and writing are one act, or two threads would share out one peak.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -42,6 +43,11 @@ class MemoryRecorder:
         """The optimizer step under way, or the last one; 0 before the first."""
         return self._step
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What the last record said."""
+        return self._allocated_bytes
+
     def start_sampling(self) -> None:
         """Sample every ``sample_seconds`` from now on."""
         self._thread = threading.Thread(target=self._sample, name="qz3-memory", daemon=True)
@@ -53,11 +59,12 @@ class MemoryRecorder:
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
         """End the phase under way and begin ``phase``."""
-        self.mark("phase_end")
-        self._phase = phase
-        if step is not None:
-            self._step = step
-        self.mark("phase_begin")
+        with self._lock:  # no sample falls between the two
+            self.mark("phase_end")
+            self._phase = phase
+            if step is not None:
+                self._step = step
+            self.mark("phase_begin")
 
     @contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
@@ -80,6 +87,7 @@ class MemoryRecorder:
         """Write one record now."""
         with self._lock:
             reading = self._meter.read()
+            self._allocated_bytes = reading.allocated_bytes
             record: MemoryRecord = {
                 "kind": "memory",
                 "phase": self._phase,

@@ -19,9 +19,14 @@ from . import model as models
 from .arguments import checkpointing_kwargs, collective_timeout, sft_kwargs
 from .data import load_examples
 from .operators import prepare_cpu_operators
+from .probes.callback import ProbeCallback
+from .probes.probe import RankProbe
 from .recorder import MemoryRecorder
+from .rehearsal import connect_alone, random_examples
+from .session import RankIdentity
 from .tokenizers import make_tokenizer
 from .trainer import RecordedTrainer, RecordingCallback, make_callbacks
+from .zero_settings import apply_settings, computed_settings
 
 
 def quiet_progress_bars() -> None:
@@ -40,6 +45,7 @@ class Work:
     metrics: TraceWriter | None
     device: str
     resume: bool
+    identity: RankIdentity
 
     def run(self) -> None:
         """Train and save the adapter.
@@ -51,43 +57,67 @@ class Work:
         recorder.enter("data")
         quiet_progress_bars()
         has_eval = config.data.eval_source is not None or config.data.eval_fraction > 0
+        self._connect()
         # DeepSpeed's configuration must be known before the model is made; TrainingArguments registers it.
         args = SFTConfig(**sft_kwargs(config, self.layout, device=self.device, has_eval=has_eval))
-        self._connect()
         base = models.find_base(config)
         tokenizer = make_tokenizer(config, random_model=base.random)
-        train, held_out = load_examples(config)
+        if self.identity.rehearsal:
+            train, held_out = random_examples(config, base.shape.get_text_config().vocab_size), None
+        else:
+            train, held_out = load_examples(config)
         if held_out is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         self._say(f"{len(train)} examples to train on, {0 if held_out is None else len(held_out)} held out")
 
         recorder.enter("load")
+        probe = RankProbe(config, self.layout, recorder, self.identity)
         model = models.load_base(config, base, recorder.mark)
         recorder.adopt(model)
         recorder.enter("attach")
+        probe.loaded(model)
         peft_model = models.attach_adapter(config, model)
         recorder.enter("data")
         trainer = self._make_trainer(peft_model, args, tokenizer, train, held_out)
+        trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
+        self._settle(peft_model, args)
         recorder.enter("engine")
         trainer.train(resume_from_checkpoint=self.resume or None)
-        if held_out is not None:
+        if held_out is not None and not trainer.evaluated_at(trainer.state.global_step):
             trainer.evaluate()
-        recorder.enter("save")
-        trainer.save_model(str(self.layout.adapter_dir))
-        # The Trainer's arguments as a pickle: nobody needs them to use the adapter, and run.yaml has them.
-        (self.layout.adapter_dir / "training_args.bin").unlink(missing_ok=True)
-        self._say(f"adapter saved in {self.layout.adapter_dir}")
+        if not self.identity.rehearsal:  # there is nothing to keep of noise, and nobody to gather it from
+            self._save(trainer)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
             # Without this, ranks can abort at exit after a good run.
             torch.distributed.destroy_process_group()
+
+    def _settle(self, model: Any, args: SFTConfig) -> None:
+        """Compute what the configuration leaves to the model's sizes, before the engine is built."""
+        if self.config.zero.zero_stage != 3:
+            return
+        settings = computed_settings(self.config, model)
+        apply_settings(settings, args.hf_deepspeed_config.config)
+        if settings:
+            self._say(
+                "computed from the model: " + ", ".join(f"{name} {number:,}" for name, number in settings.items())
+            )
+
+    def _save(self, trainer: RecordedTrainer) -> None:
+        self.recorder.enter("save")
+        trainer.save_model(str(self.layout.adapter_dir))
+        # The Trainer's arguments as a pickle: nobody needs them to use the adapter, and run.yaml has them.
+        (self.layout.adapter_dir / "training_args.bin").unlink(missing_ok=True)
+        self._say(f"adapter saved in {self.layout.adapter_dir}")
 
     def _connect(self) -> None:
         if self.config.zero.zero_stage == 0:
             return  # accelerate has connected the ranks when it made the TrainingArguments' device
         import deepspeed
 
-        if self.device == "cpu":
+        if self.identity.rehearsal:
+            connect_alone(self.identity)
+        elif self.device == "cpu":
             self.recorder.mark("operator_build_begin")
             prepare_cpu_operators(announce=self.metrics is not None)
             self.recorder.mark("operator_build_end")
@@ -98,7 +128,12 @@ class Work:
         self, model: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, train: Any, held_out: Any
     ) -> RecordedTrainer:
         evaluates = held_out is not None and self.config.training.eval_steps is not None
-        recording = RecordingCallback(self.recorder, self.metrics, logging_steps=self.config.training.logging_steps)
+        recording = RecordingCallback(
+            self.recorder,
+            self.metrics,
+            logging_steps=self.config.training.logging_steps,
+            rehearsal=self.identity.rehearsal,
+        )
         trainer = RecordedTrainer(
             model=model,
             args=args,

@@ -36,14 +36,17 @@ class RankIdentity:
     host: str
     pid: int
     pid_created: float
+    rehearsal: bool  # alone, and playing this rank
 
     @classmethod
     def from_environment(cls) -> RankIdentity:
-        """Read RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is rank 0 of 1."""
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is rank 0 of 1, in a rehearsal any of any."""
+        played = os.environ.get("QZ3_REHEARSAL_RANK")
         return cls(
-            rank=int(os.environ.get("RANK", "0")),
+            rank=int(played or os.environ.get("RANK", "0")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            world_size=int(os.environ.get("QZ3_REHEARSAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")),
+            rehearsal=played is not None,
             host=socket.gethostname(),
             pid=os.getpid(),
             pid_created=psutil.Process().create_time(),
@@ -71,7 +74,7 @@ class RankSession:
     def __enter__(self) -> RankSession:
         """Open the log and take over the signals."""
         self.layout.make_folders()
-        self._log = open(self.layout.rank_log(self.identity.rank), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._log = open(self.layout.rank_log(self.identity.rank), "a", encoding="utf-8", buffering=1)
         # The rank's own console output, kept before descriptor 2 turns to the log.
         console = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         os.dup2(self._log.fileno(), 2)

@@ -37,7 +37,7 @@ def make_tokenizer(config: RunConfig, *, random_model: bool) -> PreTrainedTokeni
         tokenizer.chat_template = Path(config.data.chat_template).expanduser().read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

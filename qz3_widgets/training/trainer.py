@@ -44,6 +44,10 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
             result: dict[str, float] = super().evaluate(*args, **kwargs)
         return result
 
+    def evaluated_at(self, step: int) -> bool:
+        """Whether there was an evaluation after this step."""
+        return any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.recorder.within("save"):
             super()._save_checkpoint(*args, **kwargs)
@@ -52,14 +56,25 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
 class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     """Writes memory events on every rank, and metrics on rank 0."""
 
-    def __init__(self, recorder: MemoryRecorder, metrics: TraceWriter | None, *, logging_steps: int) -> None:
+    def __init__(
+        self, recorder: MemoryRecorder, metrics: TraceWriter | None, *, logging_steps: int, rehearsal: bool = False
+    ) -> None:
         """``metrics`` is ``None`` on ranks other than 0; every ``logging_steps`` a line is printed."""
+        self._rehearsal = rehearsal
         self._recorder = recorder
         self._metrics = metrics
         self._logging_steps = logging_steps
         self._step_began = 0.0
         self._step_seconds = 0.0
+        self._tokens_before = 0.0
         self._num_tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run goes on counting tokens where its checkpoint was; TRL counts each attempt from 0."""
+        counted = [float(entry["num_tokens"]) for entry in state.log_history if "num_tokens" in entry]
+        self._num_tokens = self._tokens_before = counted[-1] if counted else 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,8 +127,15 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         print(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
 
     def _write_step(self, common: MetricsRecord, logs: dict[str, float], state: TrainerState) -> None:
-        # TRL counts the tokens of all ranks since the start; the difference is this step's.
-        num_tokens = float(logs.get("num_tokens", 0.0))
+        if self._rehearsal:
+            # Losses, gradients and counts went through collectives that do nothing: only the time is real.
+            self._append({**common, "event": "step", "step_seconds": self._step_seconds})
+            print(f"step {state.global_step} of {state.max_steps}: {self._step_seconds:.2f} s without communication")
+            return
+        # TRL counts the tokens of all ranks since the attempt's start; the difference is this step's.
+        num_tokens = self._tokens_before + float(logs.get("num_tokens", 0.0))
+        if self._tokens_before and state.log_history:
+            state.log_history[-1]["num_tokens"] = num_tokens  # what the next checkpoint keeps
         tokens, self._num_tokens = num_tokens - self._num_tokens, num_tokens
         record: MetricsRecord = {
             **common,

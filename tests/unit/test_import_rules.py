@@ -54,6 +54,9 @@ class Rule:
         return library in allowed
 
 
+# What both the ranks and the readers of their files must know, with sizes in words.
+PROBES = "trace.probes"
+
 BASE = {*LEAVES, "config"}
 VIEW = {*BASE, MARKUP, "plan", "launch", "runs", "trace", "analysis", "plotting", "demo"}
 
@@ -80,20 +83,26 @@ RULES = (
         theirs_for_types={"pandas"},
     ),
     Rule("trace", ours=set(LEAVES), theirs={*FRAMES, "pyarrow"}),
+    Rule(PROBES, ours={"units"}, each_other=False),
     Rule("analysis", ours={*BASE, MARKUP, "runs", "trace"}, theirs=FRAMES),
     Rule("plotting", ours={*BASE, MARKUP, "runs", "trace", "analysis"}, theirs={*FRAMES, "matplotlib"}),
     Rule(
         "training",
         # What a rank prints goes to disk: secrets are taken out first (a module that uses the standard library only).
-        ours={*BASE, "runs.secrets"},
+        ours={*BASE, "runs.files", "runs.secrets", PROBES},
         theirs={*HEAVY, "psutil", "safetensors", "tokenizers", "yaml"},
         theirs_in_functions={"gguf", "huggingface_hub"},
     ),
     Rule("widgets", ours=VIEW, theirs={*FRAMES, "IPython", "ipywidgets", "matplotlib", "traitlets"}),
     Rule("demo", ours={*BASE, "plan", "launch", "runs"}),
     Rule("terminal", ours={*LEAVES, "runs", "analysis", "demo"}, theirs={"rich"}),
+    Rule("terminal_proof", ours={*LEAVES, "analysis"}, theirs={"rich"}),
     Rule("terminal_demo", ours={*VIEW, "terminal"}, theirs={"rich"}),
-    Rule("cli", ours={*VIEW, "widgets", "terminal", "terminal_demo"}, theirs={"click", "rich", "typer"}),
+    Rule(
+        "cli",
+        ours={*VIEW, "widgets", "terminal", "terminal_demo", "terminal_proof"},
+        theirs={"click", "rich", "typer"},
+    ),
     # The public names are loaded when they are asked for.
     Rule("", ours_in_functions={*VIEW, "widgets"}, each_other=False),
 )

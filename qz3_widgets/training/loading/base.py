@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ...config.schema import RunConfig
+from ..sharding.sources import Source
+from .noise import Noise
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,17 @@ def model_class(base: BaseModel) -> Any:
     return AutoModelForCausalLM._model_mapping[type(base.shape)]
 
 
-def random_state(base: BaseModel, dtype: torch.dtype, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Freshly initialized weights in the base's shape: name to tensor of ``dtype``, the same on every rank."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # The class itself, since from_config() would hand the weights to ZeRO-3 at once.
-        model = model_class(base)(copy.deepcopy(base.shape)).to(dtype)
-    return dict(model.state_dict())
+def random_sources(base: BaseModel, dtype: torch.dtype) -> dict[str, Source]:
+    """Random weights in the base's shape, made when they are read: the same on every rank, and however they are cut.
+
+    Scales of norms are 1, biases 0; matrices are noise of the model's initial spread.
+    """
+    with torch.device("meta"):
+        model = model_class(base)(copy.deepcopy(base.shape))
+    spread = float(getattr(base.shape, "initializer_range", None) or 0.02)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if base.shape.tie_word_embeddings else set()
+    return {
+        name: Noise(name, tensor.shape, dtype, spread=spread)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }

@@ -1,9 +1,9 @@
 """A 4-bit linear layer that lets go of its weight between forward and backward.
 
-bitsandbytes keeps the packed weight as a plain attribute of the autograd context (``MatMul4Bit.forward``), so under ZeRO-3
-every gathered layer stays alive from its forward to its backward: the whole model, on every rank, at the peak of every
-step. Here the context holds the module alone. DeepSpeed gathers the module's parameters before its forward and
-before its backward, and the weight is read from the module whenever it is needed.
+bitsandbytes keeps the packed weight as a plain attribute of the autograd context (``MatMul4Bit.forward``), so under
+ZeRO-3 every gathered layer stays alive from its forward to its backward: the whole model, on every rank, at the
+peak of every step. Here the context holds the module alone. DeepSpeed gathers the module's parameters before its
+forward and before its backward, and the weight is read from the module whenever it is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import bitsandbytes.functional as functional
 import torch
 from torch import nn
 
-from .partition import Partitioner, padded
+from .partition import padded
 
 STATISTICS = "weight_statistics"
 """Name of the parameter that holds the scales: their bytes viewed in the weight's storage dtype, so that DeepSpeed
@@ -26,10 +26,11 @@ gathers them in the weight's own collective."""
 class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     """``Linear4bit`` whose weight, and scales if they were taken off, may be partitioned.
 
-    Instances are made from loaded layers by :func:`let_go`; outputs and gradients equal those of ``Linear4bit`` on the same
-    bytes.
+    Instances are made from loaded layers by :func:`let_go`; outputs and gradients equal those of ``Linear4bit`` on
+    the same bytes.
     """
 
+    compute_type_is_set: bool
     num_statistics: int
     statistics_dtype: torch.dtype
 
@@ -41,7 +42,7 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
-            output = _ReadAgain.apply(inputs, self, bias)
+            output = _ReadAgain.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         else:
             packed, state = self.packed_weight()
             output = bnb.matmul_4bit(inputs, packed, quant_state=state, bias=bias)
@@ -72,6 +73,20 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         return cast("torch.Tensor", stored.view(torch.uint8)[:num_bytes].view(self.statistics_dtype))
 
 
+class _StateWithoutScales(functional.QuantState):  # type: ignore[misc]
+    """A quantization state whose scales stand elsewhere: what remains of it moves between devices without them."""
+
+    code: torch.Tensor
+    offset: torch.Tensor
+
+    def to(self, device: Any) -> None:
+        self.code = self.code.to(device)
+        if self.nested:
+            self.offset = self.offset.to(device)
+            self.state2.absmax = self.state2.absmax.to(device)
+            self.state2.code = self.state2.code.to(device)
+
+
 class _ReadAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: ShardedLinear4bit, bias: torch.Tensor | None) -> torch.Tensor:
@@ -100,8 +115,8 @@ def let_go(layer: bnb.nn.Linear4bit) -> ShardedLinear4bit:
     return cast("ShardedLinear4bit", layer)
 
 
-def shard_statistics(layer: ShardedLinear4bit, partitioner: Partitioner) -> None:
-    """Take the scales off the quantization state and partition them as a parameter of the layer."""
+def take_off_statistics(layer: ShardedLinear4bit) -> nn.Parameter:
+    """Make the scales of the quantization state a parameter of the layer, which ZeRO-3 can partition; returns it."""
     state = layer.weight.quant_state
     absmax, storage = state.absmax, layer.weight.quant_storage
     layer.num_statistics, layer.statistics_dtype = absmax.numel(), absmax.dtype
@@ -109,6 +124,7 @@ def shard_statistics(layer: ShardedLinear4bit, partitioner: Partitioner) -> None
     whole_elements = -(-raw.numel() // storage.itemsize) * storage.itemsize
     parameter = nn.Parameter(padded(raw, whole_elements).clone().view(storage), requires_grad=False)
     state.absmax = None
-    partitioner.partition(parameter)
+    state.__class__ = _StateWithoutScales
     parameter._is_hf_initialized = True  # type: ignore[attr-defined] # or transformers would initialize it
     layer.register_parameter(STATISTICS, parameter)
+    return parameter

@@ -1,8 +1,8 @@
 """Giving DeepSpeed parameters that are partitioned already: its arithmetic, and its own conversion of one parameter.
 
 DeepSpeed cuts a parameter's flattened storage elements into equal parts, one a rank, the last ones padded
-(``_partition_param`` in ``deepspeed/runtime/zero/partition_parameters.py``). The engine takes what carries ``ds_id`` as it
-is, so a parameter can be partitioned the moment it exists, long before ``deepspeed.initialize``.
+(``_partition_param`` in ``deepspeed/runtime/zero/partition_parameters.py``). The engine takes what carries
+``ds_id`` as it is, so a parameter can be partitioned the moment it exists, long before ``deepspeed.initialize``.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Partitioner:
         """Where gathered parameters live."""
         return torch.device(self._init.local_device)
 
-    def partition(self, parameter: torch.nn.Parameter) -> None:
+    def partition(self, parameter: Any) -> None:
         """Keep only this rank's part of a parameter that is whole."""
         self._init._convert_to_deepspeed_param(parameter)
         parameter.partition()
 
-    def adopt(self, parameter: torch.nn.Parameter, part: torch.Tensor) -> None:
+    def adopt(self, parameter: Any, part: torch.Tensor) -> None:
         """Make ``part`` this rank's part of a parameter whose values nobody has: see :func:`hollow`.
 
         Args:
@@ -104,7 +104,9 @@ class Partitioner:
         device = self._init.local_device if parameter.ds_persist else self._init.remote_device
         offloaded = device == OffloadDeviceEnum.cpu
         placed = part.to("cpu" if offloaded else torch.device(device))
-        return get_accelerator().pin_memory(placed) if offloaded and self._init.pin_memory else placed  # type: ignore[no-any-return]
+        if offloaded and self._init.pin_memory:
+            placed = get_accelerator().pin_memory(placed)
+        return placed
 
 
 def hollow(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

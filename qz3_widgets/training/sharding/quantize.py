@@ -1,8 +1,8 @@
 """Quantize one rank's slice of a weight, to the very bytes that quantizing the whole weight would give.
 
-bitsandbytes quantizes in blocks (64 weights by default), each with a scale of its own (``absmax``): a slice that is widened to
-whole blocks quantizes to the same bytes. Double quantization looks at all scales of a weight at once, so these are
-exchanged, 1/128 of the 16-bit weight.
+bitsandbytes quantizes in blocks (64 weights by default), each with a scale of its own (``absmax``): a slice that is
+widened to whole blocks quantizes to the same bytes. Double quantization looks at all scales of a weight at once, so
+these are exchanged, 1/128 of the 16-bit weight.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def _gather(absmax: torch.Tensor, counts: Sequence[int], group: dist.ProcessGrou
     if len(counts) == 1:
         return absmax
     size = max(counts)
-    gathered = torch.empty(len(counts) * size, dtype=absmax.dtype, device=absmax.device)
+    # Zeros: in a rehearsal the collective fills in nothing, and what memory held before could be anything.
+    gathered = torch.zeros(len(counts) * size, dtype=absmax.dtype, device=absmax.device)
     dist.all_gather_into_tensor(gathered, padded(absmax, size).contiguous(), group=group)
     return torch.cat([gathered[rank * size : rank * size + count] for rank, count in enumerate(counts)])
 

@@ -1,8 +1,8 @@
 """Checkpoint tensors that are not read until somebody needs a part of them.
 
-A :class:`Source` has a shape and a dtype, and reads any stretch of its flattened elements. transformers' loader takes it
-for a tensor: what the loader does by indexing, ``to``, stacking, concatenating and transposing gives a new source, and
-anything else reads the whole. So a rank reads from the file only the elements that end up in its shard.
+A :class:`Source` has a shape and a dtype, and reads any stretch of its flattened elements. transformers' loader
+takes it for a tensor: what the loader does by indexing, ``to``, stacking, concatenating and transposing gives a new
+source, and anything else reads the whole. So a rank reads from the file only the elements that end up in its shard.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class FileTensor(Source):
         return values
 
     def _fill(self, descriptor: int, values: torch.Tensor, begin: int) -> None:
-        view = memoryview(values.view(torch.uint8).numpy()).cast("B")
+        view = values.view(torch.uint8).numpy().data.cast("B")
         position, done = self.offset + begin * self.stored.itemsize, 0
         while done < len(view):
             num_bytes = os.preadv(descriptor, [view[done:]], position + done)

@@ -1,4 +1,4 @@
-"""Every field of the configuration reaches the run: changed, it changes what is executed or what the ranks are given."""
+"""Every field of the configuration reaches the run: changed, it changes what is executed or what ranks are given."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ READ_BY_THE_RANK = {
     "data.eval_source": "training/data.py",
     "data.eval_fraction": "training/data.py",
     "data.max_examples": "training/data.py",
-    "model.load_strategy": "training/model.py",
+    "model.load_strategy": "config/strategy.py",
+    "zero.release_gathered": "training/loading/sharded.py",
+    "zero.shard_statistics": "training/loading/sharded.py",
     "training.max_duration_seconds": "training/trainer.py",
     "training.memory_sample_seconds": "training/main.py",
     "training.logging_steps": "training/run.py",
@@ -151,7 +153,7 @@ def other_value(config: RunConfig, path: str) -> Any:
 def test_a_changed_field_changes_the_run(path: str) -> None:
     together = TOGETHER.get(path, {})
     base = with_changes(RunConfig(), {**BASE, **(together if path != "launch.num_machines" else {})})
-    if path in ("training.early_stopping_patience",):
+    if path == "training.early_stopping_patience":
         base = with_changes(base, {"training.early_stopping_patience": None})
     changed = with_changes(base, {**together, path: other_value(base, path)})
     assert get_field(changed, path) != get_field(base, path)

@@ -107,7 +107,7 @@ def test_an_evaluation_source_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, message",
     [("", "no rows|no data|d.jsonl"), ('{"text": "a"}\n{"text": 1, "b"\n', "data.source"), ('{"x": 1}\n', "column")],
 )
 def test_what_can_not_be_read_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -1,0 +1,57 @@
+"""ZeRO-3's settings that depend on the model's sizes: what ``auto`` stands for, computed in the rank.
+
+All are numbers of storage elements, of which a bf16-packed 4-bit weight has one for four weights. The unit is one
+decoder layer: gathered whole, the next one ahead of time, and let go before the one after that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.schema import RunConfig
+
+MAX_REDUCE_BUCKET = 50_000_000
+"""Elements. Only the adapter has gradients, and a bucket larger than them all is memory for nothing."""
+
+
+def largest_block(model: nn.Module) -> int:
+    """Storage elements of the largest block that the model repeats: a decoder layer; 0 if it repeats none."""
+    blocks = [block for holder in model.modules() if isinstance(holder, nn.ModuleList) for block in holder]
+    kinds = Counter(type(block) for block in blocks)
+    return max((_num_elements(block) for block in blocks if kinds[type(block)] > 1), default=_num_elements(model))
+
+
+def computed_settings(config: RunConfig, model: nn.Module) -> dict[str, int]:
+    """The settings that are ``auto`` in the configuration, with their numbers for this model.
+
+    ``stage3_max_live_parameters``: two layers, the one at work and the next. ``stage3_prefetch_bucket_size``: one
+    layer ahead. ``stage3_max_reuse_distance``: one layer, so that it stays between its recomputation and its
+    backward, and the last layers of the forward do not stay until theirs. ``reduce_bucket_size``: the adapter's
+    elements, within reason.
+    """
+    zero, layer = config.zero, largest_block(model)
+    trainable = sum(_elements_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    numbers = {
+        "reduce_bucket_size": max(1, min(MAX_REDUCE_BUCKET, trainable)),
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": layer,
+    }
+    return {name: number for name, number in numbers.items() if getattr(zero, name) == "auto"}
+
+
+def apply_settings(settings: dict[str, int], deepspeed_config: dict[str, Any]) -> None:
+    """Write them into the configuration that the engine is going to be built with."""
+    deepspeed_config["zero_optimization"].update(settings)
+
+
+def _num_elements(module: nn.Module) -> int:
+    return sum(_elements_of(parameter) for parameter in module.parameters())
+
+
+def _elements_of(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

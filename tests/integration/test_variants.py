@@ -1,0 +1,121 @@
+"""Other ways to train: each must run, and where the arithmetic is the same, so must be the losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qz3_widgets.runs.store import Run, open_run
+from tests.conftest import Qz3
+
+from .real_runs import WARMUP, Runs, losses, succeed, write_jsonl
+
+NOISE = 5e-3  # bf16 has eight bits, and sums are taken in another order
+
+
+@pytest.fixture(scope="module")
+def measure(runs: Runs) -> dict[int, float]:
+    """Losses of the run that the others differ from in one thing: ZeRO-3, non-reentrant checkpointing."""
+    return first_losses(runs.measure())
+
+
+def first_losses(run: Run) -> dict[int, float]:
+    """Losses of the first four steps."""
+    found = losses(run)
+    return {step: found[step] for step in range(1, 5)}
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "none"])
+def test_checkpointing_does_not_change_the_losses(runs: Runs, measure: dict[int, float], mode: str) -> None:
+    run = runs.finished(mode.replace("_", "-"), training__activation_checkpointing=mode, **WARMUP)
+    assert first_losses(run) == pytest.approx(measure, abs=NOISE)
+
+
+def test_without_deepspeed_from_the_command(runs: Runs, measure: dict[int, float], qz3: Qz3, tmp_path: Path) -> None:
+    """Plain data parallel; ``qz3 run`` follows it with a line for each change where there is no terminal."""
+    config = tmp_path / "by hand.yaml"
+    written = qz3("init", "demo", "-o", config)
+    assert written.returncode == 0, written.stderr
+    wanted = runs.config(name="ddp", zero__zero_stage=0, **WARMUP).model_dump(mode="json")
+    keep = ("name", "model.name_or_path", "model.load_strategy", "lora.r", "lora.target_modules", "lora.lora_alpha")
+    keep += ("data.source", "data.eval_source", "data.max_length", "data.layout", "zero.zero_stage")
+    keep += tuple(f"training.{name}" for name in wanted["training"])
+    keep += ("launch.device", "launch.num_processes")
+    sets = [f"--set={path}={json.dumps(_get(wanted, path))}" for path in keep]
+    done = qz3("run", config, *sets, "--runs-dir", runs.runs_dir, "--json", timeout=180.0)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    run = open_run(summary["run_id"], runs.runs_dir)
+    assert summary["state"] == "succeeded"
+    assert first_losses(run) == pytest.approx(measure, abs=NOISE)
+    assert not run.layout.deepspeed_json.exists()
+    lines = done.stderr.splitlines()
+    assert f"run {run.run_id} in" in done.stderr
+    assert any(line.startswith("loading the model") for line in lines)
+    assert any(line.startswith("training: step ") for line in lines)
+    assert lines[-1].startswith("succeeded")
+    assert not any(line != line.strip() or "\x1b" in line or "\r" in line for line in lines), lines
+
+
+def _get(values: dict[str, object], path: str) -> object:
+    section, _, field = path.partition(".")
+    found = values[section]
+    return found[field] if field and isinstance(found, dict) else found
+
+
+def test_two_runs_at_once(runs: Runs, tmp_path: Path) -> None:
+    """Both started in one moment: neither waits for the other's port. One packs a CSV, one reads Parquet."""
+    pairs = [
+        {"prompt": row["messages"][0]["content"], "completion": " " + row["messages"][1]["content"]}
+        for row in runs.train_rows
+    ]
+    table = tmp_path / "a table.csv"
+    pd.DataFrame({"text": [pair["prompt"] + pair["completion"] for pair in pairs]}).to_csv(table, index=False)
+    columns = tmp_path / "columns.parquet"
+    pd.DataFrame(pairs).to_parquet(columns)
+    packed = runs.start(
+        name="packed",
+        data__source=str(table),
+        data__eval_source=None,
+        data__eval_fraction=0.1,
+        data__max_length=256,
+        data__packing=True,
+    )
+    pair = runs.start(
+        name="pairs",
+        data__source=str(columns),
+        data__eval_source=None,
+        data__eval_fraction=0.1,
+        data__loss_on="completion",
+        quantization__bnb_4bit_quant_type="fp4",
+    )
+    for run in (packed, pair):
+        succeed(run)
+        found = losses(run)
+        assert sorted(found) == [1, 2, 3, 4]
+        assert found[4] < found[1]
+    # One example has some 70 bytes, and a packed sequence holds three.
+    per_step = {run.run_id: run.metrics()["num_tokens"].iloc[0] for run in (packed, pair)}
+    assert per_step[packed.run_id] > 2 * per_step[pair.run_id]
+
+
+def test_the_loss_counts_what_was_asked_for(runs: Runs, measure: dict[int, float], tmp_path: Path) -> None:
+    """Only the assistant's turns; in fp32, with a batch in two halves, and rows of other columns in between."""
+    rows = [{"id": number, **row} for number, row in enumerate(runs.train_rows)]
+    run = runs.finished(
+        "assistant",
+        data__source=str(write_jsonl(tmp_path / "with ids.jsonl", rows)),
+        data__loss_on="assistant",
+        training__gradient_accumulation_steps=2,
+        training__per_device_train_batch_size=1,
+        training__precision="fp32",
+        model__dtype="float32",
+        quantization__bnb_4bit_compute_dtype="float32",
+        quantization__bnb_4bit_quant_storage="float32",
+    )
+    found = losses(run)
+    assert found[4] < found[1]
+    assert found[1] != pytest.approx(measure[1], abs=1e-6)  # other tokens count

@@ -1,0 +1,209 @@
+"""Every way in which a run is not what it was meant to be, provoked for real on two ranks, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from qz3_widgets.analysis.proof import Proof, prove
+from qz3_widgets.runs.store import Run
+from tests.conftest import Qz3
+
+from .real_runs import Runs
+
+SHORT: dict[str, Any] = {
+    "model__load_strategy": "sharded",
+    # Otherwise what a tiny model has counts as small, and stays whole.
+    "zero__stage3_param_persistence_threshold": 100,
+    "training__max_steps": 2,
+    "data__eval_source": None,
+    "data__eval_fraction": 0.0,
+}
+MIXTRAL = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 320, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+SCRIPT = """
+import argparse
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--run-dir", type=Path, required=True)
+arguments = parser.parse_args()
+
+from qz3_widgets.training import loading, model
+
+{body}
+from qz3_widgets.training.main import main
+
+main(arguments.run_dir)
+"""
+
+
+def run_with_script(runs: Runs, monkeypatch: pytest.MonkeyPatch, key: str, body: str) -> Run:
+    """A run whose ranks execute a train script of the test's own: the usual one, after ``body``."""
+    script = runs.folder / f"{key}.py"
+    script.write_text(SCRIPT.format(body=dedent(body)), encoding="utf-8")
+    monkeypatch.setattr("qz3_widgets.launch.directory.find_train_script", lambda: script)
+    return runs.finished(key, **SHORT)
+
+
+def alarms(run: Run) -> list[str]:
+    """What rank 0 has said in its log, in order."""
+    lines = run.layout.rank_log(0).read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix("PROOF FAILED: ") for line in lines if line.startswith("PROOF FAILED: ")]
+
+
+def failed(proof: Proof) -> list[str]:
+    return [check.name for check in proof.checks if check.outcome == "failed"]
+
+
+@pytest.fixture(scope="module")
+def sharded(runs: Runs) -> Run:
+    return runs.finished("proof-sharded", **SHORT)
+
+
+@pytest.fixture(scope="module")
+def stock(runs: Runs) -> Run:
+    """As released: nothing of the workbench's own in the load nor in the step."""
+    changes = {"model__load_strategy": "stock", "zero__release_gathered": False, "zero__shard_statistics": False}
+    return runs.finished("proof-stock", **{**SHORT, **changes})
+
+
+def test_a_sharded_run_is_ok(sharded: Run, qz3: Qz3) -> None:
+    result = qz3("verify", sharded.layout.root, "--json", check=True)
+    document = json.loads(result.stdout)
+    assert document["ok"] is True
+    assert document["reasons"] == []
+    assert document["zero3"]["partitioned_fraction"] == 1.0
+    assert document["quantization"]["layers_4bit"] == 14
+    assert 0.5 < document["quantization"]["bytes_per_4bit_parameter"] < 0.52
+    assert [entry["why"] for entry in document["quantization"]["layers_16bit"]] == ["embedding", "head"]
+    assert document["quantization"]["statistics"]["whole_bytes"] == 0
+    assert [rank["rank"] for rank in document["ranks"]] == [0, 1]
+    for rank in document["ranks"]:
+        assert rank["held_share"] == pytest.approx(0.5, abs=0.01)
+    assert {check["outcome"] for check in document["checks"]} == {"passed"}
+    assert alarms(sharded) == []
+    step = document["zero3"]["step"]
+    assert step["leaked_bytes"] == 0
+    assert step["peaks"][0]["alive_bytes"] < 0.6 * step["model_bytes"]
+    assert document["gradients"] == {
+        "tensors": 28, "missing": [], "num_missing": 0, "zero": [], "num_zero": 0, "a_checked": True, "steps": 2,
+    }  # fmt: skip
+
+
+def test_the_proof_costs_next_to_nothing(sharded: Run) -> None:
+    """Of a run of ten seconds."""
+    for rank in prove(sharded).to_json()["ranks"]:
+        assert sum(rank["probe_seconds"].values()) < 0.5, rank["probe_seconds"]
+
+
+def test_a_stock_run_is_not(stock: Run, qz3: Qz3) -> None:
+    result = qz3("verify", stock.layout.root)
+    assert result.returncode == 1
+    reason = (
+        "every rank held the whole model after loading: ZeRO-3 does not shard a 4-bit model while it loads "
+        "(model.load_strategy is stock)"
+    )
+    assert f"✕ not ok: {reason}" in result.stdout
+    proof = prove(stock)
+    assert proof.reasons[0] == reason
+    assert failed(proof) == ["partitioned_at_load", "released"]
+    assert "where" in proof.reasons[1]
+    assert alarms(stock) == list(proof.reasons)
+    assert proof.probes[1]["loaded"]["held_bytes"] == proof.probes[1]["loaded"]["bytes"]
+
+
+def test_stock_and_sharded_hold_the_same_bytes(stock: Run, sharded: Run) -> None:
+    """The checksum does not depend on how a model is spread, nor on where its statistics are."""
+    sums = {prove(run).to_json()["zero3"]["checksum"] for run in (stock, sharded)}
+    assert len(sums) == 1
+    assert None not in sums
+
+
+def test_show_has_the_verdict(stock: Run, sharded: Run, qz3: Qz3) -> None:
+    shown = json.loads(qz3("show", stock.layout.root, "--json", check=True).stdout)["proof"]
+    assert shown["ok"] is False
+    assert "held the whole model after loading" in shown["sentence"]
+    assert "✓ proven: sharded by ZeRO-3" in qz3("show", sharded.layout.root, check=True).stdout
+
+
+def test_stage_2(runs: Runs) -> None:
+    run = runs.finished("proof-stage2", **{**SHORT, "model__load_strategy": "auto", "zero__zero_stage": 2,
+                                           "zero__stage3_param_persistence_threshold": "auto"})  # fmt: skip
+    proof = prove(run)
+    reason = "gradients and optimizer state are sharded, the weights are not, and every rank held the whole model"
+    assert proof.reasons == (f"zero.zero_stage is 2: {reason}",)
+    assert alarms(run) == list(proof.reasons)
+
+
+def test_not_quantized(runs: Runs) -> None:
+    changes = {"model__load_strategy": "auto", "quantization__load_in_4bit": False}
+    run = runs.finished("proof-16bit", **{**SHORT, **changes})
+    proof = prove(run)
+    assert proof.reasons == ("no weight is in 4 bit: quantization.load_in_4bit is off",)
+    assert proof.to_json()["zero3"]["partitioned_fraction"] == 1.0
+    assert alarms(run) == list(proof.reasons)
+
+
+def test_deepspeed_not_registered_before_the_load(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where TrainingArguments are made after the model, or were let go of: the loader does not know of ZeRO-3."""
+    body = """
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        def load(config, base, mark):
+            unset_hf_deepspeed_config()
+            return loading.load_stock(config, base, mark)
+
+        loading.LOADERS["sharded"] = load
+    """
+    run = run_with_script(runs, monkeypatch, "proof-unregistered", body)
+    proof = prove(run)
+    assert failed(proof) == ["registered"]
+    assert proof.reasons[0].startswith("DeepSpeed was not registered before the model was loaded")
+    assert "every rank loaded the whole model" in proof.reasons[0]
+    assert alarms(run) == list(proof.reasons)
+
+
+def test_an_adapter_without_gradients(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output of the first layer is cut off from the graph: its adapter is never trained, and nothing complains."""
+    body = """
+        attach = model.attach_adapter
+
+        def attach_and_cut(config, loaded):
+            attached = attach(config, loaded)
+            layer = attached.base_model.model.model.layers[0]
+            layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+            return attached
+
+        model.attach_adapter = attach_and_cut
+    """
+    run = run_with_script(runs, monkeypatch, "proof-cut", body)
+    proof = prove(run)
+    assert failed(proof) == ["gradients"]
+    assert proof.reasons[0].startswith("14 of 28 trainable tensors got no gradient in the first step")
+    assert "model.layers.0.self_attn.q_proj.lora_A.default.weight" in proof.reasons[0]
+    assert "model.layers.1" not in proof.reasons[0]
+    assert alarms(run) == list(proof.reasons)
+
+
+def test_a_fused_moe_left_in_16_bit(runs: Runs) -> None:
+    shape: Path = runs.folder / "mixtral.json"
+    shape.write_text(json.dumps(MIXTRAL), encoding="utf-8")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    run = runs.finished("proof-moe", **SHORT, model__name_or_path=f"random:{shape}", lora__target_modules=targets)
+    proof = prove(run)
+    assert failed(proof) == ["layers"]
+    assert "of the model's weights stay in 16 bit and should be in 4" in proof.reasons[0]
+    assert "model.layers.{0..1}.mlp.experts.gate_up_proj" in proof.reasons[0]
+    assert "several experts in one 3-D tensor" in proof.reasons[0]
+    [fused] = [entry for entry in proof.to_json()["quantization"]["layers_16bit"] if entry["why"] == "fused"]
+    assert fused["weights"] == 2 * 4 * 3 * 64 * 96
+    assert alarms(run) == list(proof.reasons)
