@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .launch.process import resume, start, stop
     from .plan.capabilities import Capabilities, detect, imagine
     from .plan.plan import Plan, PlanError, make_plan
+    from .plan.rehearsal import make_rehearsal
     from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks
     from .plotting.report import export_html
     from .runs.store import Run, RunNotFound, list_runs, open_run
@@ -52,6 +53,7 @@ _HOME: dict[str, str] = {
     "load_config": ".config.io",
     "loads_config": ".config.io",
     "make_plan": ".plan.plan",
+    "make_rehearsal": ".plan.rehearsal",
     "open_run": ".runs.store",
     "plot_loss": ".plotting",
     "plot_memory": ".plotting",
@@ -79,6 +81,7 @@ __all__ = [
     "LiveRun",
     "Plan",
     "PlanError",
+    "Proof",
     "Run",
     "RunConfig",
     "RunNotFound",
@@ -95,6 +98,7 @@ __all__ = [
     "load_config",
     "loads_config",
     "make_plan",
+    "make_rehearsal",
     "open_run",
     "plot_loss",
     "plot_memory",
@@ -102,6 +106,7 @@ __all__ = [
     "plot_peaks",
     "prepare_demo",
     "preset",
+    "prove",
     "render_into",
     "resume",
     "save_config",

@@ -31,7 +31,7 @@ GLYPHS = {
     "cancelled": "– cancelled",
     "lost": "? lost",
 }
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 _MOST_RANKS = 4  # that a table of 80 columns holds
 _LONG_NAMES = 44
 
@@ -47,7 +47,7 @@ def follow(run: Run, console: Console) -> Status:
         BarColumn(bar_width=30),
         TextColumn("{task.fields[info]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("starting the ranks", total=None, info="")
         while True:
             now = reader.read()

@@ -46,7 +46,7 @@ class ProgressReader:
     def __init__(self, run: Run) -> None:
         """Follow ``run``, which may be over or not have begun."""
         self.run = run
-        self.tail = TailReader(run.layout.root, max_records=5_000)
+        self.tail = TailReader(run.layout.root, max_records=1_000)
 
     def read(self) -> Progress:
         """Read what is new and say how far the run is."""

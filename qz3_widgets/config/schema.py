@@ -130,7 +130,7 @@ class ZeroSection(Section):
     )
     stage3_max_live_parameters: NonNegativeInt | AutoOr = _f(
         "auto",
-        "Storage elements gathered before prefetching waits; auto: two layers. A packed 4-bit weight is a fourth of one.",
+        "Storage elements gathered before prefetching waits; auto: two layers. One holds four packed 4-bit weights.",
         unit="elements",
         rare=True,
     )

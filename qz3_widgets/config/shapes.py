@@ -30,7 +30,7 @@ def shape_file(name_or_path: str) -> Path:
     Raises:
         ValueError: no shape and no such file; the message names the nearest shape.
     """
-    name, _ = _split(name_or_path)
+    name, _ = split_depth(name_or_path)
     if name in shape_names():
         return _FOLDER / f"{name}.json"
     path = Path(name).expanduser()
@@ -53,7 +53,7 @@ def read_shape(name_or_path: str) -> dict[str, Any]:
         ValueError: no such shape, a file that is no configuration, or fewer layers than ``@K`` asks for.
     """
     file = shape_file(name_or_path)
-    _, num_layers = _split(name_or_path)
+    _, num_layers = split_depth(name_or_path)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,6 +63,12 @@ def read_shape(name_or_path: str) -> dict[str, Any]:
     if num_layers is not None:
         _cut(values, num_layers, file)
     return values
+
+
+def split_depth(name: str) -> tuple[str, int | None]:
+    """What stands after ``random:`` without its ``@K``, and K; ``None`` if all layers are meant."""
+    match = _DEPTH.match(name)
+    return (match["name"], int(match["layers"])) if match else (name, None)
 
 
 def shape_of_hub_id(hub_id: str) -> str | None:
@@ -81,11 +87,6 @@ def local_shape(name_or_path: str) -> str | None:
     """The folder of a local model, as ``random:`` takes it; ``None`` if it is none."""
     folder = Path(name_or_path).expanduser()
     return str(folder) if (folder / "config.json").is_file() else None
-
-
-def _split(name_or_path: str) -> tuple[str, int | None]:
-    match = _DEPTH.match(name_or_path)
-    return (match["name"], int(match["layers"])) if match else (name_or_path, None)
 
 
 def _cut(values: dict[str, Any], num_layers: int, file: Path) -> None:

@@ -39,7 +39,7 @@ def strategy_faults(config: RunConfig) -> list[tuple[str, str, dict[str, object]
             message = f"sharded needs zero.zero_stage 3, not {stage}"
             faults.append(("model.load_strategy", message, {"model.load_strategy": "auto"}))
         if not config.quantization.load_in_4bit:
-            message = "sharded is for 4-bit weights, and quantization.load_in_4bit is off (ZeRO-3 shards 16-bit ones too)"
+            message = "sharded is for 4-bit weights, and quantization.load_in_4bit is off: 16-bit ones need no help"
             faults.append(("model.load_strategy", message, {"model.load_strategy": "auto"}))
     if strategy in ("replicated", "device_map") and stage != 0:
         message = f"{strategy} works without ZeRO, and zero.zero_stage is {stage}"

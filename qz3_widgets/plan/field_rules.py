@@ -27,6 +27,15 @@ def load_strategy(context: Context) -> Iterator[Issue]:
     """The way in which the weights are loaded goes with the stage and the number of processes."""
     for field, message, fix in strategy_faults(context.config):
         yield Issue("load-strategy", "error", field, message, fix)
+    zero = context.config.zero
+    if zero.zero_stage == 3 and zero.shard_statistics and not zero.release_gathered:
+        yield Issue(
+            "statistics-stay-whole",
+            "warning",
+            "zero.shard_statistics",
+            "has no effect with zero.release_gathered off: the released layer wants its statistics whole",
+            {"zero.shard_statistics": False},
+        )
 
 
 def quantization(context: Context) -> Iterator[Issue]:

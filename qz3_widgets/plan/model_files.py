@@ -11,7 +11,7 @@ from typing import Any
 from ..config.data_layout import looks_like_path
 from ..config.paths import default_cache_dir
 from ..config.schema import RunConfig
-from ..config.shapes import shape_file
+from ..config.shapes import read_shape, shape_file
 from .issue import Issue
 
 FIELD = "model.name_or_path"
@@ -65,6 +65,11 @@ def _check_random(config: RunConfig) -> Iterator[Issue]:
         return
     if "model_type" not in shape:
         yield _error("model-config", f"{file} names no model_type")
+    else:
+        try:
+            read_shape(config.model.name_or_path.removeprefix(RANDOM_PREFIX))
+        except ValueError as error:  # more layers wanted than the shape has
+            yield _error("model-depth", str(error).removeprefix(f"{FIELD}: "))
     text_part = shape.get("text_config")
     size = (text_part if isinstance(text_part, dict) else shape).get("vocab_size")
     if config.model.tokenizer_name_or_path is None and isinstance(size, int) and size < BYTE_TOKENS:

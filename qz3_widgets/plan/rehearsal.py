@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..config.changes import with_changes
 from ..config.schema import RunConfig
-from ..config.shapes import RANDOM_PREFIX, local_shape, shape_of_hub_id
+from ..config.shapes import RANDOM_PREFIX, local_shape, shape_of_hub_id, split_depth
 from .capabilities import Capabilities
 from .plan import Plan, Rehearsal, make_plan
 
@@ -76,9 +76,7 @@ def make_rehearsal(
     )
     plan = make_plan(rehearsed, capabilities)
     # Its data are made up, and it is alone on purpose: what is said of these is about another run.
-    issues = tuple(
-        issue for issue in plan.issues if not issue.field.startswith("data.") and issue.rule != "one-rank"
-    )
+    issues = tuple(issue for issue in plan.issues if not issue.field.startswith("data.") and issue.rule != "one-rank")
     return replace(plan, issues=issues, world_size=world_size, rehearsal=Rehearsal(rank, world_size))
 
 
@@ -100,4 +98,4 @@ def random_name(name_or_path: str, num_layers: int | None) -> str:
         shape = found
     if num_layers is None:
         return f"{RANDOM_PREFIX}{shape}"
-    return f"{RANDOM_PREFIX}{shape.partition('@')[0]}@{num_layers}"
+    return f"{RANDOM_PREFIX}{split_depth(shape)[0]}@{num_layers}"

@@ -112,10 +112,12 @@ def _quantized(probe: Mapping[str, Any]) -> Verdict:
 
 
 def _present(probe: Mapping[str, Any]) -> Verdict:
-    missing = probe["loaded"]["missing_weights"]
-    if missing and probe["asked"]["load_strategy"] != "device_map":  # which may leave some on the disk
-        return "failed", f"{missing} weights were never loaded: they are on the meta device"
-    return "skipped", ""
+    missing, total = probe["loaded"]["missing_weights"], probe["loaded"]["weights"]
+    if missing == 0:
+        return "passed", f"all {total:,} weights are loaded"
+    if probe["asked"]["load_strategy"] == "device_map":
+        return "skipped", ""  # it may leave some on the disk
+    return "failed", f"{missing:,} of {total:,} weights were never loaded: they are on the meta device"
 
 
 def _registered(probe: Mapping[str, Any]) -> Verdict:

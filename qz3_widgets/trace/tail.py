@@ -14,6 +14,9 @@ from .lines import parse, read_pieces
 from .reader import MemoryTrace, MetricsRecords, RankRecords, assemble, memory_files
 from .thin import thin
 
+_MOST_FRAMES = 4
+"""Every poll leaves one, and putting hundreds of them together at each look costs more than all else."""
+
 
 class TailReader:
     """What a run's ranks have written so far; :meth:`poll` adds what is new.
@@ -76,6 +79,8 @@ class TailReader:
             records.add(parse(data, "memory", MEMORY_SCHEMA))
             if sum(map(len, records.frames)) > self._max_records:
                 records.frames = [thin(concat(records.frames), self._max_records)]
+            elif len(records.frames) > _MOST_FRAMES:
+                records.frames = [concat(records.frames)]
             offset = end
         return self._advance(path, stat, offset)
 

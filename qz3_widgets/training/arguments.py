@@ -23,6 +23,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""``training.precision`` as a type."""
+
+
 def local_or_hub(name: str) -> str:
     """A folder's path with ``~`` spelled out, or a hub id as it is."""
     folder = Path(name).expanduser()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from ..config.schema import RunConfig
 from ..config.shapes import RANDOM_PREFIX, read_shape
 from ..config.strategy import resolve_load_strategy
-from .arguments import leaf_class_names, local_or_hub, lora_kwargs, model_kwargs
+from .arguments import PRECISIONS, leaf_class_names, local_or_hub, lora_kwargs, model_kwargs
 from .loading import LOADERS, BaseModel
 
 
@@ -58,7 +58,7 @@ def keep_weights_trainable_on_cpu(model: torch.nn.Module) -> int:
 
 
 def attach_adapter(config: RunConfig, model: PreTrainedModel) -> PeftModel:
-    """Wrap the model with LoRA, the same initial weights on every rank, in bf16 where the base is quantized.
+    """Wrap the model with LoRA, the same initial weights on every rank.
 
     Raises:
         ValueError: a name in ``lora.target_modules``, ``lora.modules_to_save`` or ``zero.leaf_modules`` that the model
@@ -72,6 +72,26 @@ def attach_adapter(config: RunConfig, model: PreTrainedModel) -> PeftModel:
         raise ValueError(f"lora.target_modules: {error}") from error
     _set_leaves(config, peft_model)
     return peft_model
+
+
+def cast_adapter(config: RunConfig, model: torch.nn.Module) -> int:
+    """Give the adapter of a quantized base the run's precision; returns the number of tensors that had another one.
+
+    ``SFTTrainer`` turns it into bf16 whatever the precision is. Under fp16 the engine can't reduce that, and in fp32 on
+    a CPU without bf16 arithmetic a layer of it takes twenty times as long (9.4 ms against 0.4 ms).
+    """
+    if not config.quantization.load_in_4bit:
+        return 0
+    wanted = PRECISIONS[config.training.precision]
+    cast = 0
+    for name, parameter in model.named_parameters():
+        # DoRA's magnitudes change by less than 16 bit can tell.
+        if not parameter.requires_grad or (wanted != torch.float32 and "lora_magnitude_vector" in name):
+            continue
+        if parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+            cast += 1
+    return cast
 
 
 def _set_leaves(config: RunConfig, model: torch.nn.Module) -> None:

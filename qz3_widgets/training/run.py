@@ -96,7 +96,7 @@ class Work:
         """Compute what the configuration leaves to the model's sizes, before the engine is built."""
         if self.config.zero.zero_stage != 3:
             return
-        settings = computed_settings(self.config, model)
+        settings = computed_settings(self.config, model, model.config.get_text_config().hidden_size)
         apply_settings(settings, args.hf_deepspeed_config.config)
         if settings:
             self._say(
@@ -142,6 +142,7 @@ class Work:
             processing_class=tokenizer,
             callbacks=[recording, *make_callbacks(self.config, evaluates=evaluates)],
         )
+        models.cast_adapter(self.config, model)
         trainer.recorder = self.recorder
         trainer.remove_callback(PrinterCallback)  # our own callback prints, by logging_steps
         if len(trainer.train_dataset) == 0:

@@ -14,30 +14,43 @@ from torch import nn
 
 from ..config.schema import RunConfig
 
-MAX_REDUCE_BUCKET = 50_000_000
+MAX_REDUCE_BUCKET = 20_000_000
 """Elements. Only the adapter has gradients, and a bucket larger than them all is memory for nothing."""
 
 
-def largest_block(model: nn.Module) -> int:
-    """Storage elements of the largest block that the model repeats: a decoder layer; 0 if it repeats none."""
+def largest_block(model: nn.Module, persistent_below: int = 0) -> int:
+    """Storage elements of the largest block that the model repeats, a decoder layer; of the whole if it repeats none.
+
+    Parameters of ``persistent_below`` elements and less are left out: ZeRO-3 keeps those whole, and gathers them no
+    more.
+    """
     blocks = [block for holder in model.modules() if isinstance(holder, nn.ModuleList) for block in holder]
     kinds = Counter(type(block) for block in blocks)
-    return max((_num_elements(block) for block in blocks if kinds[type(block)] > 1), default=_num_elements(model))
+    repeated = [block for block in blocks if kinds[type(block)] > 1] or [model]
+    return max(
+        sum(size for parameter in block.parameters() if (size := _elements_of(parameter)) > persistent_below)
+        for block in repeated
+    )
 
 
-def computed_settings(config: RunConfig, model: nn.Module) -> dict[str, int]:
+def computed_settings(config: RunConfig, model: nn.Module, hidden_size: int) -> dict[str, int]:
     """The settings that are ``auto`` in the configuration, with their numbers for this model.
 
-    ``stage3_max_live_parameters``: two layers, the one at work and the next. ``stage3_prefetch_bucket_size``: one
-    layer ahead. ``stage3_max_reuse_distance``: one layer, so that it stays between its recomputation and its
-    backward, and the last layers of the forward do not stay until theirs. ``reduce_bucket_size``: the adapter's
-    elements, within reason.
+    ``stage3_param_persistence_threshold``: 10 x hidden size, norms and biases. ``stage3_prefetch_bucket_size``: one
+    layer ahead, to the element, or a parameter of the next one comes along. ``stage3_max_live_parameters``: two
+    layers, the one at work and the next. ``stage3_max_reuse_distance``: one layer, so that it stays between its
+    recomputation and its backward, and the last layers of the forward do not stay until theirs.
+    ``reduce_bucket_size``: the adapter's elements, within reason.
     """
-    zero, layer = config.zero, largest_block(model)
+    zero = config.zero
+    threshold = zero.stage3_param_persistence_threshold
+    persistent = 10 * hidden_size if isinstance(threshold, str) else threshold
+    layer = largest_block(model, persistent)
     trainable = sum(_elements_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
     numbers = {
         "reduce_bucket_size": max(1, min(MAX_REDUCE_BUCKET, trainable)),
         "stage3_prefetch_bucket_size": layer,
+        "stage3_param_persistence_threshold": persistent,
         "stage3_max_live_parameters": 2 * layer,
         "stage3_max_reuse_distance": layer,
     }
@@ -47,10 +60,6 @@ def computed_settings(config: RunConfig, model: nn.Module) -> dict[str, int]:
 def apply_settings(settings: dict[str, int], deepspeed_config: dict[str, Any]) -> None:
     """Write them into the configuration that the engine is going to be built with."""
     deepspeed_config["zero_optimization"].update(settings)
-
-
-def _num_elements(module: nn.Module) -> int:
-    return sum(_elements_of(parameter) for parameter in module.parameters())
 
 
 def _elements_of(parameter: torch.nn.Parameter) -> int:

@@ -139,13 +139,13 @@ def row_8b(shape: str = "llama-3.1-8b", num_ranks: int = 8) -> dict[str, Any]:
         make_checkpoint(folder, shape)
     common = {
         "model.name_or_path": str(folder), "launch.num_processes": num_ranks, "launch.ranks_per_gpu": num_ranks,
-        "launch.device": "cuda", "data.max_length": 128, "training.max_steps": 2, "zero.overlap_comm": False,
+        "launch.device": "cuda", "data.max_length": 128, "training.max_steps": 1, "zero.overlap_comm": False,
         "zero.reduce_bucket_size": 50_000_000,
     }  # fmt: skip
+    # The files were just written, so both find them in the page cache; what comes first has the colder machine.
     return {
-        "warm-up (sharded)": start_run({**common, "name": "warm"}),
-        "stock": start_run({**common, **STOCK, "name": "stock"}),
         "sharded": start_run({**common, "name": "sharded"}),
+        "stock": start_run({**common, **STOCK, "name": "stock"}),
     }
 
 

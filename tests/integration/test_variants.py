@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qz3_widgets.runs.store import Run, open_run
 from tests.conftest import Qz3
@@ -119,3 +121,5 @@ def test_the_loss_counts_what_was_asked_for(runs: Runs, measure: dict[int, float
     found = losses(run)
     assert found[4] < found[1]
     assert found[1] != pytest.approx(measure[1], abs=1e-6)  # other tokens count
+    weights = load_file(run.layout.adapter_dir / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 from tests.ui.lab import BROWSER_ARGS, Lab, Notebook, running_lab
 
 Open = Callable[..., Notebook]
+
+_PATIENCE_MS = 60_000  # a condition that comes true ends the wait at once; a slow machine needs no other tests
+expect.set_options(timeout=_PATIENCE_MS)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def open_notebook(lab: Lab, page: Page, request: pytest.FixtureRequest) -> Itera
     """Opens a notebook made of cells; at the end of the test, no page error and no error in any output is allowed."""
     page_errors: list[str] = []
     page.on("pageerror", lambda error: page_errors.append(str(error)))
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(_PATIENCE_MS)
     opened: list[Notebook] = []
 
     def open_it(*cells: str) -> Notebook:
@@ -51,10 +53,3 @@ def open_notebook(lab: Lab, page: Page, request: pytest.FixtureRequest) -> Itera
     lab.end_sessions()
     assert errors == []
     assert page_errors == []
-
-
-@pytest.fixture
-def runs_folder(lab: Lab, tmp_path: Path) -> Path:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    return folder

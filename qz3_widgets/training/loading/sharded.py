@@ -17,7 +17,7 @@ from ...config.schema import RunConfig
 from ...units import format_bytes
 from ..arguments import model_kwargs, quantization_kwargs
 from ..sharding.partition import Partitioner
-from ..sharding.quantizer import ShardingOptions, sharded_quantizer
+from ..sharding.quantizer import ShardingOptions, finish_pending, sharded_quantizer
 from ..sharding.sources import FileTensor, Source, open_checkpoint
 from .base import BaseModel, model_class, random_sources
 
@@ -48,6 +48,7 @@ def load_sharded(config: RunConfig, base: BaseModel, mark: Callable[[str], None]
             model = model_class(base).from_pretrained(None, config=base.shape, state_dict=tensors, **kwargs)
             # PEFT writes it into the adapter, where it names the base model to load.
             model.config._name_or_path = model.name_or_path = base.name_or_path
+        finish_pending()
     mark("weights_loaded")
     if tensors is not None and not base.random:
         print(

@@ -100,7 +100,8 @@ class _ReadAgain(torch.autograd.Function):
         (grad,) = grads
         grad_input = grad_bias = None
         if ctx.bias_dtype is not None:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            # Only the first dimension, as MatMul4Bit does: autograd sums the others, and the roundings are the same.
+            grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             packed, state = ctx.layer.packed_weight()
             grad_input = torch.matmul(grad, functional.dequantize_4bit(packed, state).to(grad.dtype))

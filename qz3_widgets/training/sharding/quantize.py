@@ -69,26 +69,20 @@ def _slice_of(num_weights: int, recipe: Recipe, num_ranks: int, rank: int) -> _S
 
 
 def quantize_slice(
-    read: Callable[[int, int], torch.Tensor],
-    num_weights: int,
-    recipe: Recipe,
-    *,
-    num_ranks: int,
-    rank: int,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize what ``rank`` holds of a weight; a collective call of all ranks.
+    read: Callable[[int, int], torch.Tensor], num_weights: int, recipe: Recipe, *, num_ranks: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Quantize what ``rank`` holds of a weight.
 
     Args:
         read: gives the flattened weights ``[begin, end)``.
         num_weights: of the whole weight.
         recipe: how to quantize.
-        num_ranks: in ``group``.
+        num_ranks: among which the weight is partitioned.
         rank: this one.
-        group: in which the scales are exchanged; the default group, if left out.
 
     Returns:
-        This rank's packed storage elements, padded to the size of a part; and the scales of the whole weight, fp32.
+        This rank's packed storage elements, padded to the size of a part; the scales of the blocks that begin in
+        its slice, fp32; and how many blocks begin in each rank's slice, for :func:`exchange_scales`.
     """
     own = _slice_of(num_weights, recipe, num_ranks, rank)
     if own.last_weight > own.first_weight:
@@ -112,18 +106,39 @@ def quantize_slice(
     # A copy: the storage must hold the part and nothing else, at an address that suits the dtype.
     part = padded(raw, own.part.size * recipe.quant_storage.itemsize).clone().view(recipe.quant_storage)
     counts = [_slice_of(num_weights, recipe, num_ranks, other).num_own_blocks for other in range(num_ranks)]
-    return part, _gather(absmax, counts, group)
+    return part, absmax, counts
 
 
-def _gather(absmax: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The scales of all ranks in order; who has how many is known, so one collective is enough."""
-    if len(counts) == 1:
-        return absmax
-    size = max(counts)
+def exchange_scales(
+    scales: Sequence[torch.Tensor],
+    counts: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
+) -> list[torch.Tensor]:
+    """Give every rank the scales of whole weights; one collective of all ranks for all of the weights.
+
+    Args:
+        scales: of each weight, this rank's.
+        counts: of each weight, how many scales each rank has; the same on all ranks.
+        dtype: of the weights that were quantized. A scale is the magnitude of one of them, so it travels in their dtype
+            without loss.
+        group: the ranks; the default group, if left out.
+    """
+    num_ranks = len(counts[0])
+    if num_ranks == 1:
+        return list(scales)
+    size = max(sum(count[rank] for count in counts) for rank in range(num_ranks))
+    own = padded(torch.cat(list(scales)).to(dtype), size)
     # Zeros: in a rehearsal the collective fills in nothing, and what memory held before could be anything.
-    gathered = torch.zeros(len(counts) * size, dtype=absmax.dtype, device=absmax.device)
-    dist.all_gather_into_tensor(gathered, padded(absmax, size).contiguous(), group=group)
-    return torch.cat([gathered[rank * size : rank * size + count] for rank, count in enumerate(counts)])
+    gathered = torch.zeros(num_ranks * size, dtype=dtype, device=own.device)
+    dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
+    begins = [rank * size for rank in range(num_ranks)]
+    whole = []
+    for count in counts:
+        pieces = [gathered[begin : begin + num] for begin, num in zip(begins, count, strict=True)]
+        whole.append(torch.cat(pieces).to(torch.float32))
+        begins = [begin + num for begin, num in zip(begins, count, strict=True)]
+    return whole
 
 
 def make_state(absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, recipe: Recipe) -> bnb.QuantState:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -28,11 +29,33 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .linear import let_go, take_off_statistics
 from .partition import Partitioner, hollow, padded, part_of
-from .quantize import Recipe, make_state, quantize_slice
+from .quantize import Recipe, exchange_scales, make_state, quantize_slice
 from .sources import Source
 
 _METHOD = "bitsandbytes_4bit"
 _CONVERT_FAILED = 13
+
+
+_EXCHANGE_SCALES = 2**18
+"""Scales of whole weights that go into one collective: those of small matrices together, of a large one by itself."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A weight that is quantized and partitioned, but for the scales of the other ranks."""
+
+    parameter: Any
+    module: bnb.nn.Linear4bit
+    recipe: Recipe
+    shape: torch.Size
+    dtype: torch.dtype
+    scales: torch.Tensor
+    counts: list[int]
+
+    @property
+    def num_scales(self) -> int:
+        """Of the whole weight."""
+        return sum(self.counts)
 
 
 class ShardingOptions:
@@ -48,6 +71,7 @@ class ShardingOptions:
         self.mark = mark
         self.num_sliced = 0
         self.num_whole = 0
+        self.pending: list[Pending] = []
 
 
 _options: ShardingOptions | None = None
@@ -161,6 +185,7 @@ class ShardingDeserialize(Bnb4bitDeserialize):  # type: ignore[misc]
         statistics = {name: value.whole() if isinstance(value, Source) else value for name, value in found.items()}
         state = functional.QuantState.from_dict(qs_dict=statistics, device=device)
         recipe = Recipe(state.blocksize, state.quant_type, state.nested, weight.dtype)
+        parameter: Any
         if isinstance(weight, Source):
             partitioner = _active().partitioner
             part = part_of(weight.numel(), partitioner.num_ranks, partitioner.rank)
@@ -193,22 +218,47 @@ def _plain(value: Any) -> nn.Parameter:
     return parameter
 
 
-def _quantized_slice(value: Source, module: bnb.nn.Linear4bit) -> nn.Parameter:
+def _quantized_slice(value: Source, module: bnb.nn.Linear4bit) -> Any:
     options, old = _active(), module.weight
     partitioner = options.partitioner
     recipe = Recipe(old.blocksize, old.quant_type, old.compress_statistics, old.quant_storage)
     source = value.T if issubclass(module.source_cls, Conv1D) else value
-    part, absmax = quantize_slice(
-        source.read, source.numel(), recipe, num_ranks=partitioner.num_ranks, rank=partitioner.rank,
-        group=partitioner.group,
-    )  # fmt: skip
-    state = make_state(absmax, source.shape, source.dtype, recipe)
+    part, scales, counts = quantize_slice(
+        source.read, source.numel(), recipe, num_ranks=partitioner.num_ranks, rank=partitioner.rank
+    )
     shape = (recipe.num_storage_elements(source.numel()), 1)
     parameter = _params4bit(hollow(shape, recipe.quant_storage, partitioner.device), recipe, module)
     partitioner.adopt(parameter, part)
-    _finish(parameter, state, module)
+    # transformers puts it there too, when this returns; the scales may be exchanged before that.
+    module._parameters["weight"] = parameter
+    module._is_hf_initialized = True
+    options.pending.append(Pending(parameter, module, recipe, source.shape, source.dtype, scales, counts))
     options.num_sliced += 1
+    if sum(pending.num_scales for pending in options.pending) >= _EXCHANGE_SCALES:
+        finish_pending()
     return parameter
+
+
+def finish_pending() -> None:
+    """Exchange the scales of the weights that were quantized by slices, and give each its quantization state.
+
+    A collective call: all ranks load the same tensors in the same order, and come here at the same ones.
+    """
+    options = _active()
+    waiting, options.pending = options.pending, []
+    if not waiting:
+        return
+    dtypes = {pending.dtype for pending in waiting}
+    whole = exchange_scales(
+        [pending.scales for pending in waiting],
+        [pending.counts for pending in waiting],
+        dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        options.partitioner.group,
+    )
+    for pending, absmax in zip(waiting, whole, strict=True):
+        state = make_state(absmax, pending.shape, pending.dtype, pending.recipe)
+        _finish(pending.parameter, state, pending.module)
+    options.mark("scales_exchanged")
 
 
 def _quantized_whole(parameter: Any, module: bnb.nn.Linear4bit) -> Any:

@@ -257,12 +257,11 @@ def open_checkpoint(folder: Path) -> dict[str, Source] | None:
     """The tensors of a folder's safetensors checkpoint by name; ``None`` if it has none.
 
     Raises:
-        ValueError: the index names a file that is missing, or a file's header can't be read.
+        ValueError: the index can't be read or names a file that is missing, or a file's header can't be read.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({folder / name for name in weight_map.values()})
+        files = _files_of(index)
     elif single.is_file():
         files = [single]
     else:
@@ -273,17 +272,28 @@ def open_checkpoint(folder: Path) -> dict[str, Source] | None:
     return tensors
 
 
+def _files_of(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({index.parent / name for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.name_or_path: {index} can't be read as an index: {error!r}") from error
+
+
 def _open_file(file: Path) -> dict[str, Source]:
     try:
         with open(file, "rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
+            # What is no safetensors file can promise a header that no memory holds.
+            if length > file.stat().st_size - 8:
+                raise ValueError(f"its header has {length} bytes, more than the file")
             header = json.loads(opened.read(length))
         return {
             name: FileTensor(file, 8 + length + entry["data_offsets"][0], entry["shape"], DTYPES[entry["dtype"]])
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"model.name_or_path: {file} can't be read as safetensors: {error!r}") from error
 
 

@@ -41,6 +41,9 @@ TRIGGERS: list[tuple[str, str, str, dict[str, Any]]] = [
         {"zero__offload_optimizer_device": "cpu", "training__optim": "paged_adamw_32bit"},
     ),
     ("modules-to-save", "warning", "lora.modules_to_save", {"lora__modules_to_save": ["lm_head"]}),
+    ("load-strategy", "error", "zero.zero_stage", {"model__load_strategy": "replicated"}),
+    ("load-strategy", "error", "model.load_strategy", {"model__load_strategy": "sharded", "zero__zero_stage": 2}),
+    ("statistics-stay-whole", "warning", "zero.shard_statistics", {"zero__release_gathered": False}),
     ("dora-with-zero3-4bit", "error", "lora.use_dora", {"lora__use_dora": True}),
     (
         "packing-with-eager",

@@ -1,0 +1,99 @@
+"""Rehearsals on the CPU: one process that is one rank of many, marked as such wherever it shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qz3_widgets.analysis.proof import prove
+from qz3_widgets.config.io import save_config
+from qz3_widgets.config.presets import preset
+from qz3_widgets.launch.process import start
+from qz3_widgets.plan.rehearsal import make_rehearsal
+from qz3_widgets.runs.store import Run, list_runs
+from tests.conftest import Qz3
+
+from .real_runs import RUN_SECONDS, Runs, losses, succeed
+
+BIG_MODEL_SECONDS = 300.0
+"""A fifth of it on idle cores."""
+
+
+@pytest.fixture(scope="module")
+def rehearsal(runs: Runs) -> Run:
+    """Rank 1 of 4."""
+    config = runs.config(
+        name="tiny",
+        model__load_strategy="auto",
+        zero__stage3_param_persistence_threshold=100,
+        # A rehearsal's data are made up, so these need not be there.
+        data__source="/no/such/file.jsonl",
+        data__eval_source=None,
+    )
+    plan = make_rehearsal(config, 4, rank=1, steps=2)
+    plan.raise_if_blocked()
+    return succeed(start(plan, runs_dir=runs.runs_dir))
+
+
+def test_it_goes_through_the_training_code(rehearsal: Run) -> None:
+    assert sorted(losses(rehearsal)) == [1, 2]
+    trace = rehearsal.memory()
+    assert list(trace.headers) == [1]
+    phases = set(trace.frame["phase"])
+    assert {"load", "attach", "engine", "step"} <= phases
+    document = prove(rehearsal).to_json()
+    assert [rank["rank"] for rank in document["ranks"]] == [1]
+    assert document["ranks"][0]["held_share"] == pytest.approx(0.25, abs=0.01)
+    assert document["zero3"]["partitioned_fraction"] == 1.0
+
+
+def test_it_is_marked_everywhere(runs: Runs, rehearsal: Run, qz3: Qz3) -> None:
+    assert rehearsal.run_id.startswith("rehearsal-tiny-")
+    assert rehearsal.plan_json["rehearsal"] == {"rank": 1, "world_size": 4}
+    header = rehearsal.memory().headers[1]
+    assert (header["rehearsal"], header["world_size"]) == (True, 4)
+    metrics = json.loads(rehearsal.layout.metrics.read_text(encoding="utf-8").splitlines()[0])
+    assert (metrics["rehearsal"], metrics["rank"]) == (True, 1)
+    assert [run.run_id for run in list_runs(runs.runs_dir) if run.run_id == rehearsal.run_id]
+    shown = qz3("show", rehearsal.layout.root, check=True).stdout
+    assert "rehears" in shown.lower()
+    listed = json.loads(qz3("runs", "--runs-dir", runs.runs_dir, "--json", check=True).stdout)
+    [own] = [row for row in listed if row["run_id"] == rehearsal.run_id]
+    assert own["rehearsal"] == {"rank": 1, "world_size": 4}
+    assert "rehears" in rehearsal.layout.rank_log(1).read_text(encoding="utf-8").lower()
+
+
+def test_there_is_nothing_to_keep_of_it(rehearsal: Run) -> None:
+    assert rehearsal.adapter_dir is None
+    assert not list(rehearsal.layout.checkpoints_dir.glob("*"))
+
+
+def test_a_layer_of_a_large_model_from_the_command(qz3: Qz3, tmp_path: Path) -> None:
+    """A real 8B model's width, as one of 64 ranks; its name is a hub id, and nothing is downloaded."""
+    config = tmp_path / "big.yaml"
+    save_config(preset("llama-3.1-8b"), config)
+    options = ["--layers", "1", "--world-size", "64", "--rank", "63", "--steps", "1", "--runs-dir", tmp_path / "runs"]
+    done = qz3("rehearse", config, *options, "--set=data.max_length=16", "--json", timeout=BIG_MODEL_SECONDS)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["state"] == "succeeded"
+    assert summary["rehearsal"] == {"rank": 63, "world_size": 64}
+    [run] = list_runs(tmp_path / "runs")
+    document = prove(run).to_json()
+    assert document["ranks"][0]["held_share"] == pytest.approx(1 / 64, abs=0.005)
+
+
+def test_what_cant_be_rehearsed_is_said_at_once(qz3: Qz3, tmp_path: Path) -> None:
+    config = tmp_path / "big.yaml"
+    save_config(preset("llama-3.1-8b"), config)
+    for options, message in (
+        (["--world-size", "4", "--rank", "4"], "rank must be from 0 to 3, not 4"),
+        (["--set=zero.zero_stage=2", "--set=zero.leaf_modules=none"], "only ZeRO-3 is rehearsed"),
+        (["--layers", "33"], "has 32 layers, and @33 asks for 33"),
+    ):
+        done = qz3("rehearse", config, *options, timeout=RUN_SECONDS)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
