@@ -48,15 +48,12 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
 
 
 def demo_configs(machine: Capabilities | None = None, *, folder: Path | None = None) -> tuple[RunConfig, RunConfig]:
-    """The demo's two runs on this machine: adapters on two kinds of layers, and on all of them."""
+    """The demo's two runs on this machine: with weights and layers handled as released, and sharded."""
     place = default_cache_dir() if folder is None else folder
     base = for_machine(demo(), detect() if machine is None else machine)
     base = with_changes(base, {"data.eval_source": str(place / HELD_OUT)})
-    few = with_changes(base, {"name": "demo-attention-r8"})
-    many = with_changes(
-        base, {"name": "demo-all-linear-r16", "lora.target_modules": "all-linear", "lora.r": 16, "lora.lora_alpha": 32}
-    )
-    return few, many
+    released = {"model.load_strategy": "stock", "zero.release_gathered": False, "zero.shard_statistics": False}
+    return with_changes(base, {"name": "demo-as-released", **released}), with_changes(base, {"name": "demo-sharded"})
 
 
 def for_machine(config: RunConfig, machine: Capabilities) -> RunConfig:

@@ -68,7 +68,7 @@ def main() -> None:
     from qz3_widgets.plan.plan import make_plan
 
     folder = prepare_demo()
-    config, _ = demo_configs(folder=folder)
+    _, config = demo_configs(folder=folder)
     changes: dict[str, Any] = {
         "launch.num_processes": 1, "launch.ranks_per_gpu": 1, "training.max_steps": options.steps,
         "training.eval_on_start": False, "data.eval_source": None, "data.eval_fraction": 0.0,

@@ -29,7 +29,11 @@ def test_only_what_cant_be_rehearsed_changes(make_config: MakeConfig, cpu: Capab
     rehearsed = plan.config
     assert plan.rehearsal == Rehearsal(1, 4)
     assert rehearsed.name == "rehearsal-big"
-    assert (rehearsed.training.max_steps, rehearsed.training.eval_steps, rehearsed.training.save_steps) == (2, None, None)
+    assert (rehearsed.training.max_steps, rehearsed.training.eval_steps, rehearsed.training.save_steps) == (
+        2,
+        None,
+        None,
+    )
     assert rehearsed.launch.num_processes == 1
     assert rehearsed.lora == config.lora
     assert rehearsed.quantization == config.quantization
