@@ -21,7 +21,7 @@ from .analysis.progress import ProgressReader
 from .analysis.proof import failures_so_far
 from .runs.status import Status
 from .runs.store import Run
-from .units import format_bytes, format_duration
+from .units import MIB, format_bytes, format_duration
 
 GLYPHS = {
     "succeeded": "[green]✓ succeeded[/]",
@@ -73,7 +73,7 @@ def describe(now: RunProgress) -> str:
         parts.append(f"loss {now.loss:.3f}")
     if now.tokens_per_second:
         parts.append(f"{now.tokens_per_second:.0f} tokens/s")
-    if now.allocated_bytes:
+    if max(now.allocated_bytes.values(), default=0) >= MIB:  # before the model there is nothing worth telling
         parts.append(f"{format_bytes(max(now.allocated_bytes.values()))} a rank")
     if now.seconds_left is not None:
         parts.append(f"about {format_duration(now.seconds_left)} left")
@@ -187,8 +187,8 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     lines = {
         "ranks": f"{summary['world_size']} on {summary['device_name'] or summary['device'] or '?'}",
         "steps": f"{summary['num_steps']} of {summary['max_steps'] or '?'}",
-        "loss": _change(summary["first_loss"], summary["last_loss"]),
-        "held-out loss": _change(summary["eval_loss_before"], summary["eval_loss_after"]),
+        "loss": loss_change(summary["first_loss"], summary["last_loss"]),
+        "held-out loss": loss_change(summary["eval_loss_before"], summary["eval_loss_after"]),
         "speed": "-"
         if summary["tokens_per_second"] is None
         else f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.2f} s a step",
@@ -204,7 +204,12 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         show_table(peaks_table(summary), console)
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def loss_change(before: float | None, after: float | None) -> str:
+    """``"5.677 → 2.607"``, with ``-`` for what there is none of."""
     if before is None and after is None:
         return "-"
     return " → ".join(_loss(value) for value in (before, after))
@@ -230,7 +235,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         fields.add_column(escape(name), justify="right")
         figures.add_column(escape(name), justify="right")
     for path, values in comparison.config_diff.items():
-        fields.add_row(path, *(escape(str(values[run_id])) for run_id in comparison.run_ids))
+        fields.add_row(path, *(escape(_value(values[run_id])) for run_id in comparison.run_ids))
     for measure in MEASURES:
         cells = [comparison.metrics[run_id][measure.name] for run_id in comparison.run_ids]
         if all(cell is None for cell in cells):

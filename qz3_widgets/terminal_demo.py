@@ -17,10 +17,15 @@ from .plan.capabilities import detect
 from .plan.plan import make_plan
 from .plotting.report import export_html
 from .runs.store import Run
-from .terminal import follow, peaks_table, show_comparison, show_table
+from .terminal import follow, loss_change, peaks_table, show_comparison, show_table
 from .units import format_duration
 
 REPORT = "demo-report.html"
+ABOUT = (
+    "as the libraries are released (every rank loads the whole model, and the proof is meant to fail)",
+    "sharded (a rank loads its part, and lets go of what a step has gathered)",
+)
+"""What each of the two runs shows, in their order."""
 
 
 def run_demo(runs_dir: Path, overrides: Sequence[str], console: Console, *, prepare_only: bool = False) -> bool:
@@ -38,17 +43,19 @@ def run_demo(runs_dir: Path, overrides: Sequence[str], console: Console, *, prep
     configs = [apply_overrides(config, list(overrides)) for config in demo_configs(machine, folder=folder)]
     plans = [make_plan(config, machine) for config in configs]
     console.print(
-        f"two ZeRO-3 QLoRA runs of SmolLM2-135M on technical-support dialogues: {plans[0].world_size} ranks, "
-        f"{plans[0].describe_machine()}",
+        f"two ZeRO-3 QLoRA runs of SmolLM2-135M on technical-support dialogues: {plans[0].describe_machine()}",
         soft_wrap=True,
     )
+    for plan in plans:
+        plan.raise_if_blocked()
     runs: list[Run] = []
-    for number, plan in enumerate(plans, start=1):
-        run = start(plan, runs_dir=runs_dir)
-        console.print(f"run {number} of {len(plans)}: {escape(run.run_id)}")
+    for number, (plan, about) in enumerate(zip(plans, ABOUT, strict=True), start=1):
+        run = start(plan, runs_dir=runs_dir, preset="demo")
+        console.print(f"run {number} of {len(plans)}, {about}: {escape(run.run_id)}", soft_wrap=True)
         try:
             status = follow(run, console)
         except KeyboardInterrupt:
+            console.print("stopping the run; what it recorded stays")
             stop(run.layout.root)
             raise
         runs.append(run)
@@ -65,9 +72,9 @@ def run_demo(runs_dir: Path, overrides: Sequence[str], console: Console, *, prep
 def _conclude(runs: Sequence[Run], runs_dir: Path, console: Console) -> None:
     for run in runs:
         summary = summarize(run)
-        before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+        change = loss_change(summary["eval_loss_before"], summary["eval_loss_after"])
         console.print()
-        console.print(f"[bold]{escape(summary['name'])}[/]: held-out loss {before:.3f} before, {after:.3f} after")
+        console.print(f"[bold]{escape(summary['name'])}[/]: loss on held-out dialogues {change}", soft_wrap=True)
         show_table(peaks_table(summary), console)
     console.print()
     show_comparison(compare(list(runs)), console)

@@ -37,13 +37,16 @@ def demo() -> RunConfig:
             "lora.r": 8,
             "lora.lora_alpha": 16,
             "lora.target_modules": ["q_proj", "v_proj"],
+            # One gather a layer instead of one for each small matrix of the adapter: a step takes little more than half
+            # the time on two cores (4.6 against 8.4 s of CPU time with an adapter on all linear layers).
+            "zero.leaf_modules": ["LlamaDecoderLayer"],
             "data.source": str(cache / "tech_support.jsonl"),
             "data.layout": "messages",
             "data.max_length": 128,
             "data.eval_fraction": 0.05,
             "training.per_device_train_batch_size": 4,
             "training.per_device_eval_batch_size": 4,
-            "training.max_steps": 20,
+            "training.max_steps": 16,
             "training.learning_rate": 1e-3,
             "training.lr_scheduler_type": "linear",
             "training.optim": "adamw_torch",

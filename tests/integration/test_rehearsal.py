@@ -68,7 +68,10 @@ def test_it_is_marked_everywhere(runs: Runs, rehearsal: Run, qz3: Qz3) -> None:
     listed = json.loads(qz3("runs", "--runs-dir", runs.runs_dir, "--json", check=True).stdout)
     [own] = [row for row in listed if row["run_id"] == rehearsal.run_id]
     assert "rehearsal of one rank" in own["proof"]["sentence"]
-    assert "rehears" in rehearsal.layout.rank_log(1).read_text(encoding="utf-8").lower()
+    log = rehearsal.layout.rank_log(1).read_text(encoding="utf-8")
+    assert "step 2 of 2: " in log
+    assert "without communication" in log
+    assert "loss" not in log  # it would mean nothing
 
 
 def test_there_is_nothing_to_keep_of_it(rehearsal: Run) -> None:

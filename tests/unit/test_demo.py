@@ -208,7 +208,14 @@ def test_it_shows_what_came_of_the_runs(stage: _Stage) -> None:
     assert report.is_file()
     assert str(report) in text
     assert "00_start_here.ipynb" in text
-    for word in ("held-out loss", "rank 0", "rank 1", "2 ranks on the CPU", "run 1 of 2", "run 2 of 2"):
+    for word in (
+        "held-out dialogues 5.550 → 2.242",
+        "rank 0",
+        "rank 1",
+        "2 ranks on the CPU",
+        "run 1 of 2, as the libraries are released",
+        "run 2 of 2, sharded",
+    ):
         assert word in text, word
     assert "…" not in text
 

@@ -32,7 +32,7 @@ def test_presets_name_hub_models_whose_shape_is_known(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hub_id", "name"),
+    "hub_id, name",
     [
         ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
@@ -89,7 +89,7 @@ def test_a_name_that_is_not_known_gets_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    "content, problem",
     [("{", "can't be read as a model's configuration"), ("[1]", "no model_type"), ("{}", "no model_type")],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, problem: str) -> None:

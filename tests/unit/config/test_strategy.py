@@ -16,7 +16,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("stage", "load_in_4bit", "strategy"),
+    "stage, load_in_4bit, strategy",
     [
         (3, True, "sharded"),
         (3, False, "stock"),
@@ -68,7 +68,7 @@ FAULTS: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), FAULTS)
+@pytest.mark.parametrize("changes, expected", FAULTS)
 def test_faults_and_their_mending(changes: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     wrong = config(**changes)
     faults = strategy_faults(wrong)

@@ -72,7 +72,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "options", "message"), WRONG)
+@pytest.mark.parametrize("changes, options, message", WRONG)
 def test_what_is_refused(
     make_config: MakeConfig, cpu: Capabilities, changes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:

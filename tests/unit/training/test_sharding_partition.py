@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ def test_parts_cover_everything_once() -> None:
             assert {part.size for part in parts} == {-(-num_elements // num_ranks)}
             assert parts[0].begin == 0
             assert parts[-1].end == num_elements
-            for before, after in zip(parts, parts[1:], strict=False):
+            for before, after in itertools.pairwise(parts):
                 assert before.end == after.begin
             assert all(part.end - part.begin <= part.size for part in parts)
 

@@ -49,8 +49,9 @@ class Ranks:
         """Of each rank the scales of all weights -> of each rank what it knows afterwards."""
         for _ in range(2):
             known = []
-            for self.rank in range(self.num_ranks):
-                known.append(exchange_scales(scales[self.rank], counts))
+            for rank, own in enumerate(scales):
+                self.rank = rank
+                known.append(exchange_scales(own, counts))
         return known
 
 

@@ -102,7 +102,7 @@ def test_describing_and_converting_read_nothing(sources: dict[str, Source]) -> N
 
 
 @pytest.mark.parametrize(
-    ("names", "dim"),
+    "names, dim",
     [(("a", "b"), 0), (("a", "b"), 1), (("a", "tall"), 0), (("a", "wide"), 1), (("a", "wide"), -1), (("a",), 0)],
 )
 def test_concatenated(
