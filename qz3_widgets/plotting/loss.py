@@ -104,7 +104,7 @@ def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
     if to_come is not None and to_come > end:
         ax.axvspan(end, to_come, color=color("panel"), linewidth=0, zorder=0)
         middle = ((end + to_come) / 2 - begin) / (to_come - begin) * width
-        put(ax, middle, height - 10, "still to come", ha="center", color=color("muted"))
+        put(ax, middle, _free_height(ax, curves), "still to come", ha="center", color=color("muted"))
     alike = _alike(curves)
     drawn: list[tuple[Floats, Floats]] = []
     filled = [curve for curve in curves if len(curve.steps)]
@@ -178,13 +178,24 @@ def _end_labels(curves: Sequence[_Curve]) -> list[tuple[float, str, int, bool]]:
     return found
 
 
-def _label_ends(ax: Axes, curves: Sequence[_Curve], left: float) -> None:
-    """Name the curves right of their ends, ``left`` pixels from the axes' left edge."""
+def _end_heights(ax: Axes, curves: Sequence[_Curve]) -> list[float]:
+    """Where the labels of :func:`_end_labels` stand, in pixels above the axis."""
     _, height = size_px(ax)
     low, high = ax.get_ylim()
-    labels = _end_labels(curves)
-    wanted = [(level - low) / (high - low) * height for level, _, _, _ in labels]
-    for (_, text, index, bold), y in zip(labels, spread(wanted, 14, 4, height), strict=True):
+    wanted = [(level - low) / (high - low) * height for level, _, _, _ in _end_labels(curves)]
+    return spread(wanted, 14, 4, height)
+
+
+def _free_height(ax: Axes, curves: Sequence[_Curve]) -> float:
+    """A height, of three, that is far from the labels at the curves' ends; the top one if all are."""
+    _, height = size_px(ax)
+    taken = _end_heights(ax, curves)
+    return max((height - 10, height / 2, 10), key=lambda place: min((24, *(abs(place - y) for y in taken))))
+
+
+def _label_ends(ax: Axes, curves: Sequence[_Curve], left: float) -> None:
+    """Name the curves right of their ends, ``left`` pixels from the axes' left edge."""
+    for (_, text, index, bold), y in zip(_end_labels(curves), _end_heights(ax, curves), strict=True):
         put(ax, left + 10, y, text, color=run_text_color(index), weight="bold" if bold else "normal")
 
 
