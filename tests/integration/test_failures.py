@@ -138,7 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount")
 def test_a_full_disk(runs: Runs, small_disk: Path) -> None:
-    run = runs.start(runs_dir=small_disk / "runs", name="full", training__max_steps=30)
+    run = runs.start(runs_dir=small_disk / "runs", name="full", training__max_steps=16)
     in_step(run, 2)
     ranks = list(rank_processes(run).values())
     filler = small_disk / "filler"

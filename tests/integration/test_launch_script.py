@@ -13,7 +13,7 @@ from qz3_widgets.config.io import save_config
 from qz3_widgets.runs.store import Run
 from tests.conftest import Qz3
 
-from .real_runs import RUN_SECONDS, WARMUP, Runs, losses, processes_of
+from .real_runs import RUN_SECONDS, WARMUP, Runs, losses, processes_of, wait_for
 
 
 def test_render_and_run_by_hand(runs: Runs, qz3: Qz3, tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_render_and_run_by_hand(runs: Runs, qz3: Qz3, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert run.status.launched_by == "launch.sh"
     assert run.state == "succeeded"
-    assert not processes_of(folder)
+    wait_for(lambda: not processes_of(folder), 5.0)
     assert list(elsewhere.iterdir()) == []
     assert "[rank 0] step 4 of 4: loss" in done.stdout
     assert losses(run) == pytest.approx({step: measure[step] for step in range(1, 5)}, abs=5e-3)

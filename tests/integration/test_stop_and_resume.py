@@ -61,7 +61,7 @@ def test_detach_and_stop(runs: Runs, qz3: Qz3) -> None:
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout == f"{run.run_id} has ended: cancelled\n"
     assert run.state == "cancelled"
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root), 5.0)
     assert {end["outcome"] for end in run.memory().ends.values()} == {"cancelled"}
     assert len(losses(run)) >= 1
 
@@ -81,7 +81,7 @@ def test_control_c(runs: Runs, qz3_process: Callable[..., subprocess.Popen[str]]
     document = json.loads(process.stdout.read())
     run = open_run(document["run_id"], runs.runs_dir)
     assert (document["state"], run.state) == ("cancelled", "cancelled")
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root), 5.0)
 
 
 def test_resume_goes_on_where_the_checkpoint_was(runs: Runs, qz3: Qz3) -> None:

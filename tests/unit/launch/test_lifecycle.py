@@ -134,7 +134,7 @@ def test_stop_gently(plan: Plan, runs_dir: Path, behave: Behave) -> None:
     stopped = launch.stop(run.layout.root)
     assert stopped.status.state == "cancelled"
     assert "cancelled" in stopped.message
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root))  # the supervisor writes the end, and then goes
     assert {trace.outcome for trace in read_ranks(run.layout).values()} == {"cancelled"}
     again = launch.stop(run.layout.root)
     assert again.message == f"{run.run_id} has already ended: cancelled"
@@ -144,7 +144,7 @@ def test_stop_at_once(plan: Plan, runs_dir: Path, behave: Behave) -> None:
     behave("steps:1000")
     run = launch.start(plan, runs_dir=runs_dir)
     assert launch.stop(run.layout.root).status.state == "cancelled"
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root))  # the supervisor writes the end, and then goes
 
 
 def test_stop_firmly(plan: Plan, runs_dir: Path, behave: Behave) -> None:
@@ -156,7 +156,7 @@ def test_stop_firmly(plan: Plan, runs_dir: Path, behave: Behave) -> None:
     stopped = launch.stop(run.layout.root, grace_seconds=1.0)
     assert time.monotonic() - begin < 8.0
     assert stopped.status.state == "cancelled"
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root))  # the supervisor writes the end, and then goes
 
 
 def test_stop_through_the_file_alone(plan: Plan, runs_dir: Path, behave: Behave) -> None:
@@ -240,7 +240,7 @@ def test_stop_without_a_supervisor(plan: Plan, runs_dir: Path, behave: Behave) -
     os.kill(read_status(run.layout).pid or 0, signal.SIGKILL)
     stopped = launch.stop(run.layout.root, grace_seconds=1.0)
     assert stopped.status.state == "cancelled"
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root))  # the supervisor writes the end, and then goes
     assert run.state == "cancelled"
 
 
@@ -253,7 +253,7 @@ def test_stop_with_a_frozen_supervisor(
     _rank(run, 0)
     os.kill(read_status(run.layout).pid or 0, signal.SIGSTOP)
     assert launch.stop(run.layout.root, grace_seconds=0.5).status.state == "cancelled"
-    assert not processes_of(run.layout.root)
+    wait_for(lambda: not processes_of(run.layout.root))  # the supervisor writes the end, and then goes
 
 
 def test_another_python_process_attaches_and_stops(plan: Plan, runs_dir: Path, behave: Behave) -> None:
@@ -342,7 +342,7 @@ def test_launch_sh_alone(plan: Plan, tmp_path: Path, behave: Behave) -> None:
     assert launch.stop(moved.root).status.state == "cancelled"
     assert process.wait() == 1
     assert resolve(moved).state == "cancelled"
-    assert not processes_of(moved.root)
+    wait_for(lambda: not processes_of(moved.root))  # the supervisor writes the end, and then goes
 
 
 def test_a_launcher_that_cannot_start(

@@ -43,7 +43,7 @@ def test_two_runs_at_once(runs_dir: Path, default_port_taken: None) -> None:
         assert not re.search("warn|ignored|in use", log, re.IGNORECASE), log
         ports |= set(re.findall(r"rank \d of 2 port (\d+)", log))
     assert len(ports) == 2
-    assert not processes_of(runs_dir)
+    wait_for(lambda: not processes_of(runs_dir))  # the supervisor writes the end, and then goes
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -64,7 +64,7 @@ def test_a_rank_that_is_killed_is_reported_by_torchrun_as_we_read_it(
     wait_for(lambda: read_status(run.layout).has_ended, 60)
     status = run.status
     assert (status.state, status.failed_rank, status.signal, status.exit_code) == ("failed", 1, "SIGKILL", 1)
-    assert not processes_of(runs_dir)
+    wait_for(lambda: not processes_of(runs_dir))  # the supervisor writes the end, and then goes
 
 
 def test_a_rank_that_fails_before_its_trace(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,4 +83,4 @@ def test_stopping_the_real_launcher(runs_dir: Path, monkeypatch: pytest.MonkeyPa
     run = process.start(plan_of(), runs_dir=runs_dir)
     wait_for(lambda: run.layout.memory_trace(1).exists() and run.layout.memory_trace(0).exists(), 60)
     assert process.stop(run.layout.root).status.state == "cancelled"
-    assert not processes_of(runs_dir)
+    wait_for(lambda: not processes_of(runs_dir))  # the supervisor writes the end, and then goes
