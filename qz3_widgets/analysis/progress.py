@@ -20,6 +20,7 @@ _WORDS = {
     "eval": "evaluating",
     "save": "saving",
 }
+_BUILDING = ("operator_build_begin", "operator_build")  # events of the first rank while it builds
 _WINDOW = 20  # steps that the time left is estimated from
 
 
@@ -66,7 +67,7 @@ class ProgressReader:
         return Progress(
             status=status,
             phase=phase,
-            doing=_doing(status, phase, lowest is not None and str(lowest["event"]) == "operator_build_begin"),
+            doing=_doing(status, phase, lowest is not None and str(lowest["event"]) in _BUILDING),
             step=step,
             max_steps=max_steps,
             loss=float(steps["loss"].iloc[-1]) if len(steps) else None,

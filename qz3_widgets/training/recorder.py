@@ -76,6 +76,20 @@ class MemoryRecorder:
         finally:
             self.enter(before)
 
+    @contextmanager
+    def doing(self, event: str) -> Iterator[None]:
+        """Mark ``event_begin`` and ``event_end`` around the body, and call every sample in between ``event``.
+
+        So the newest record alone tells a reader what a silent minute is about.
+        """
+        self.mark(f"{event}_begin")
+        self._sample_event = event
+        try:
+            yield
+        finally:
+            self._sample_event = "sample"
+            self.mark(f"{event}_end")
+
     def begin_step(self, step: int) -> None:
         """Begin optimizer step ``step``."""
         if self._phase != "step":
@@ -119,4 +133,4 @@ class MemoryRecorder:
 
     def _sample(self) -> None:
         while not self._stopped.wait(self._sample_seconds):
-            self.mark("sample")
+            self.mark(self._sample_event)

@@ -118,9 +118,8 @@ class Work:
         if self.identity.rehearsal:
             connect_alone(self.identity)
         elif self.device == "cpu":
-            self.recorder.mark("operator_build_begin")
-            prepare_cpu_operators(announce=self.metrics is not None)
-            self.recorder.mark("operator_build_end")
+            with self.recorder.doing("operator_build"):
+                prepare_cpu_operators(announce=self.metrics is not None)
         backend = "gloo" if self.device == "cuda" and self.config.launch.ranks_per_gpu > 1 else None
         deepspeed.init_distributed(dist_backend=backend, timeout=collective_timeout(self.config), verbose=False)
 
