@@ -31,10 +31,12 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
     if all((target / name).is_file() for name in _ASSETS):
         return target
     command = [sys.executable, str(find_launcher("prepare_demo.py")), str(target)]
+    # Unpacking needs no GPU, and DeepSpeed would wonder aloud where it is.
+    environment = {**child_environment(), "DS_ACCELERATOR": "cpu"}
     # Errors go to a file: a pipe that nobody empties would stop a child that has much to say.
     with tempfile.TemporaryFile() as told:
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told, text=True, env=child_environment()
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told, text=True, env=environment
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:

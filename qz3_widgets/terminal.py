@@ -141,15 +141,17 @@ def _runs_table(summaries: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     return table
 
 
-def peaks_table(summary: Mapping[str, Any]) -> Table:
+def show_peaks(summary: Mapping[str, Any], console: Console) -> None:
     """Peak and settled memory, a line for each phase; of many ranks only the fullest and the emptiest."""
     ranks = list(summary["ranks"])
+    if not ranks:
+        return
     title = "memory allocated, peak and settled"
     if len(ranks) > _MOST_RANKS:
         by_peak = sorted(ranks, key=_largest_peak)
-        ranks, title = [by_peak[-1], by_peak[0]], f"{title}: fullest and emptiest of {len(ranks)} ranks"
-    table = Table(box=None, header_style="bold", title=title, title_justify="left", title_style="bold")
-    table.add_column("phase")
+        title = f"{title}: fullest and emptiest of {len(ranks)} ranks"
+        ranks = [by_peak[-1], by_peak[0]]
+    table = Table("phase", box=None, header_style="bold")
     for rank in ranks:
         table.add_column(f"rank {rank['rank']}", justify="right")
         table.add_column("", justify="right")
@@ -159,7 +161,8 @@ def peaks_table(summary: Mapping[str, Any]) -> Table:
             found = rank["phases"].get(phase) or {"peak_bytes": None, "settled_bytes": None}
             cells += [format_bytes(found["peak_bytes"]), format_bytes(found["settled_bytes"])]
         table.add_row(str(phase), *cells)
-    return table
+    console.print(f"[bold]{title}[/]")
+    show_table(table, console)
 
 
 def _largest_peak(rank: Mapping[str, Any]) -> int:
@@ -200,8 +203,7 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     proof = summary["proof"]
     mark = "[green]✓[/]" if proof["ok"] else "[red]✕ not ok:[/]" if proof["known"] else "?"
     console.print(f"  {'proof':<14} {mark} {escape(proof['sentence'])}", highlight=False, soft_wrap=True)
-    if summary["ranks"]:
-        show_table(peaks_table(summary), console)
+    show_peaks(summary, console)
 
 
 def _value(value: Any) -> str:

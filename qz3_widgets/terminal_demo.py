@@ -17,7 +17,7 @@ from .plan.capabilities import detect
 from .plan.plan import make_plan
 from .plotting.report import export_html
 from .runs.store import Run
-from .terminal import follow, loss_change, peaks_table, show_comparison, show_table
+from .terminal import follow, loss_change, show_comparison, show_peaks
 from .units import format_duration
 
 REPORT = "demo-report.html"
@@ -75,7 +75,7 @@ def _conclude(runs: Sequence[Run], runs_dir: Path, console: Console) -> None:
         change = loss_change(summary["eval_loss_before"], summary["eval_loss_after"])
         console.print()
         console.print(f"[bold]{escape(summary['name'])}[/]: loss on held-out dialogues {change}", soft_wrap=True)
-        show_table(peaks_table(summary), console)
+        show_peaks(summary, console)
     console.print()
     show_comparison(compare(list(runs)), console)
     report = export_html(list(runs), runs_dir / REPORT)

@@ -27,6 +27,7 @@ class MemoryRecorder:
         self._phase: Phase = "start"
         self._step = 0
         self._allocated_bytes = 0
+        self._sample_event = "sample"
         self._process = psutil.Process()
         # Readings reset the peak: reading and writing are one act, or two threads would share out one peak.
         self._lock = threading.RLock()

@@ -18,7 +18,7 @@ from ..trace.records import TraceWriter
 from . import model as models
 from .arguments import checkpointing_kwargs, collective_timeout, sft_kwargs
 from .data import load_examples
-from .operators import prepare_cpu_operators
+from .operators import are_missing, prepare_cpu_operators
 from .probes.callback import ProbeCallback
 from .probes.probe import RankProbe
 from .recorder import MemoryRecorder
@@ -118,7 +118,7 @@ class Work:
         if self.identity.rehearsal:
             connect_alone(self.identity)
         elif self.device == "cpu":
-            with self.recorder.doing("operator_build"):
+            with self.recorder.doing("operator_build" if are_missing() else "operator_load"):
                 prepare_cpu_operators(announce=self.metrics is not None)
         backend = "gloo" if self.device == "cuda" and self.config.launch.ranks_per_gpu > 1 else None
         deepspeed.init_distributed(dist_backend=backend, timeout=collective_timeout(self.config), verbose=False)
