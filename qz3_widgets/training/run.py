@@ -24,6 +24,7 @@ from .probes.probe import RankProbe
 from .recorder import MemoryRecorder
 from .rehearsal import connect_alone, random_examples
 from .session import RankIdentity
+from .sharding.embeddings import EmbeddingsCallback
 from .tokenizers import make_tokenizer
 from .trainer import RecordedTrainer, RecordingCallback, make_callbacks
 from .zero_settings import apply_settings, computed_settings
@@ -79,6 +80,8 @@ class Work:
         peft_model = models.attach_adapter(config, model)
         recorder.enter("data")
         trainer = self._make_trainer(peft_model, args, tokenizer, train, held_out)
+        if config.zero.zero_stage == 3 and config.zero.release_gathered:
+            trainer.add_callback(EmbeddingsCallback())
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
         self._settle(peft_model, args)
         recorder.enter("engine")
