@@ -33,6 +33,8 @@ def make_recorder(base: type, watch: Stopwatch) -> type:
     """A recorder that measures itself and is silent in even steps."""
 
     class Measured(base):  # type: ignore[misc]
+        begun: float
+
         def mark(self, event: str) -> None:
             if self.phase == "step" and self.step % 2 == 0 and event != "step_begin":
                 return
@@ -91,6 +93,7 @@ def _train(config: Any, layout: Any, device: str) -> None:
     from qz3_widgets.training.meters import make_meter
     from qz3_widgets.training.recorder import MemoryRecorder
     from qz3_widgets.training.run import Work
+    from qz3_widgets.training.session import RankIdentity
 
     watch = Stopwatch()
     writer = TraceWriter(layout.memory_trace(0), {"rank": 0, "world_size": 1})
@@ -99,7 +102,8 @@ def _train(config: Any, layout: Any, device: str) -> None:
     )
     recorder.begun = time.perf_counter()
     recorder.start_sampling()
-    Work(config, layout, recorder, None, device=device, resume=False).run()
+    identity = RankIdentity.from_environment()
+    Work(config, layout, recorder, None, device=device, resume=False, identity=identity).run()
     recorded = watch.inside[2::2]  # odd steps after the first
     step = statistics.median(watch.on)
     sys.stdout.flush()

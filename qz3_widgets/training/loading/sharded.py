@@ -18,7 +18,7 @@ from ...units import format_bytes
 from ..arguments import model_kwargs, quantization_kwargs
 from ..sharding.partition import Partitioner
 from ..sharding.quantizer import ShardingOptions, finish_pending, sharded_quantizer
-from ..sharding.sources import FileTensor, Source, open_checkpoint
+from ..sharding.sources import FileTensor, Source, free_staging, open_checkpoint
 from .base import BaseModel, model_class, random_sources
 
 
@@ -49,6 +49,7 @@ def load_sharded(config: RunConfig, base: BaseModel, mark: Callable[[str], None]
             # PEFT writes it into the adapter, where it names the base model to load.
             model.config._name_or_path = model.name_or_path = base.name_or_path
         finish_pending()
+    free_staging()
     mark("weights_loaded")
     if tensors is not None and not base.random:
         print(

@@ -122,7 +122,7 @@ class _GatheredWhenRead(ZeROOrderedDict):  # type: ignore[misc]
         self._gathered = gathered
 
     def __getitem__(self, key: str) -> Any:
-        parameter = dict.__getitem__(self, key)
+        parameter: Any = dict.__getitem__(self, key)
         status = getattr(parameter, "ds_status", None)
         if status == ZeroParamStatus.NOT_AVAILABLE and self._in_forward and not torch.compiler.is_compiling():
             self._gathered.gather(parameter)

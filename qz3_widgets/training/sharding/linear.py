@@ -73,13 +73,16 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         return cast("torch.Tensor", stored.view(torch.uint8)[:num_bytes].view(self.statistics_dtype))
 
 
-class _StateWithoutScales(functional.QuantState):  # type: ignore[misc]
+class StateWithoutScales(functional.QuantState):  # type: ignore[misc]
     """A quantization state whose scales stand elsewhere: what remains of it moves between devices without them."""
 
     code: torch.Tensor
     offset: torch.Tensor
+    nested: bool
+    state2: Any
 
     def to(self, device: Any) -> None:
+        """Move what is left."""
         self.code = self.code.to(device)
         if self.nested:
             self.offset = self.offset.to(device)
@@ -119,13 +122,34 @@ def let_go(layer: bnb.nn.Linear4bit) -> ShardedLinear4bit:
 def take_off_statistics(layer: ShardedLinear4bit) -> nn.Parameter:
     """Make the scales of the quantization state a parameter of the layer, which ZeRO-3 can partition; returns it."""
     state = layer.weight.quant_state
-    absmax, storage = state.absmax, layer.weight.quant_storage
-    layer.num_statistics, layer.statistics_dtype = absmax.numel(), absmax.dtype
-    raw = absmax.contiguous().view(-1).view(torch.uint8)
-    whole_elements = -(-raw.numel() // storage.itemsize) * storage.itemsize
-    parameter = nn.Parameter(padded(raw, whole_elements).clone().view(storage), requires_grad=False)
+    absmax = state.absmax
+    elements = as_storage_elements(absmax, layer.weight.quant_storage)
     state.absmax = None
-    state.__class__ = _StateWithoutScales
+    state.__class__ = StateWithoutScales
+    return give_statistics(layer, elements, absmax.numel(), absmax.dtype)
+
+
+def give_statistics(
+    layer: ShardedLinear4bit, elements: torch.Tensor, num_statistics: int, dtype: torch.dtype
+) -> nn.Parameter:
+    """Register ``elements``, storage elements that hold ``num_statistics`` scales of ``dtype``; returns the parameter.
+
+    They may be hollow: a shape without the memory.
+    """
+    layer.num_statistics, layer.statistics_dtype = num_statistics, dtype
+    parameter = nn.Parameter(elements, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined] # or transformers would initialize it
     layer.register_parameter(STATISTICS, parameter)
     return parameter
+
+
+def num_storage_elements(num_bytes: int, storage: torch.dtype) -> int:
+    """Storage elements that ``num_bytes`` of scales are kept in."""
+    return -(-num_bytes // storage.itemsize)
+
+
+def as_storage_elements(absmax: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    """Scales as elements of the storage dtype, zeros behind them; a copy, 1-D."""
+    raw = absmax.contiguous().view(-1).view(torch.uint8)
+    size = num_storage_elements(raw.numel(), storage) * storage.itemsize
+    return padded(raw, size).clone().view(storage)

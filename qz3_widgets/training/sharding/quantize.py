@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from .partition import Part, padded, part_of
 
-_NESTED_BLOCKSIZE = 256  # of the scales' own quantization; Params4bit leaves bitsandbytes no choice
+NESTED_BLOCKSIZE = 256  # of the scales' own quantization; Params4bit leaves bitsandbytes no choice
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,14 @@ def quantize_slice(
     if own.last_weight > own.first_weight:
         begin = own.first_block * recipe.blocksize
         weights = read(begin, min(own.last_block * recipe.blocksize, num_weights))
-        packed, state = bnb.quantize_4bit(
-            weights,
-            blocksize=recipe.blocksize,
-            compress_statistics=False,
-            quant_type=recipe.quant_type,
-            quant_storage=torch.uint8,
+        # The operator behind quantize_4bit, which would make the code table anew for each weight and wait for the GPU.
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+            weights, recipe.blocksize, recipe.quant_type, torch.uint8
         )
         surplus = (own.first_weight - begin) // 2
         num_bytes = (own.part.end - own.part.begin) * recipe.quant_storage.itemsize
         raw = packed.reshape(-1)[surplus : surplus + num_bytes]
-        absmax = state.absmax[own.first_own_block - own.first_block :]
+        absmax = absmax.view(-1)[own.first_own_block - own.first_block :]
     else:
         nothing = read(0, 0)
         raw = torch.empty(0, dtype=torch.uint8, device=nothing.device)
@@ -146,7 +145,7 @@ def make_state(absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, r
 
     Source: ``quantize_4bit`` in ``bitsandbytes/functional.py``.
     """
-    code = bnb.get_4bit_type(recipe.quant_type, device=absmax.device)
+    code = code_table(recipe.quant_type, absmax.device)
     common = {
         "shape": torch.Size(shape),
         "code": code,
@@ -157,5 +156,19 @@ def make_state(absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, r
     if not recipe.compress_statistics:
         return bnb.QuantState(absmax=absmax, **common)
     offset = absmax.mean()
-    nested, state2 = bnb.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+    table = dynamic_code_table(absmax.device)
+    nested, state2 = bnb.quantize_blockwise(absmax - offset, table, blocksize=NESTED_BLOCKSIZE)
+    state2.code = table
     return bnb.QuantState(absmax=nested, offset=offset, state2=state2, **common)
+
+
+@cache
+def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type; one tensor for all weights of a device."""
+    return cast("torch.Tensor", bnb.get_4bit_type(quant_type, device=device))
+
+
+@cache
+def dynamic_code_table(device: torch.device) -> torch.Tensor:
+    """The 256 values that scales are quantized to; one tensor for all weights of a device."""
+    return cast("torch.Tensor", bnb.create_dynamic_map().to(device))

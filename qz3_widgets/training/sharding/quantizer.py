@@ -27,35 +27,27 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from .linear import let_go, take_off_statistics
+from .linear import StateWithoutScales, give_statistics, let_go, num_storage_elements, take_off_statistics
 from .partition import Partitioner, hollow, padded, part_of
 from .quantize import Recipe, exchange_scales, make_state, quantize_slice
+from .scales import Unsettled, settle_scales
 from .sources import Source
 
 _METHOD = "bitsandbytes_4bit"
 _CONVERT_FAILED = 13
 
 
-_EXCHANGE_SCALES = 2**18
-"""Scales of whole weights that go into one collective: those of small matrices together, of a large one by itself."""
+_EXCHANGE_SCALES = 2**20
+"""Scales of whole weights, for each rank, that go into one exchange: small matrices together, large ones by few."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A weight that is quantized and partitioned, but for the scales of the other ranks."""
+    """A weight that is quantized and partitioned, but for its statistics."""
 
     parameter: Any
     module: bnb.nn.Linear4bit
-    recipe: Recipe
-    shape: torch.Size
-    dtype: torch.dtype
-    scales: torch.Tensor
-    counts: list[int]
-
-    @property
-    def num_scales(self) -> int:
-        """Of the whole weight."""
-        return sum(self.counts)
+    weight: Unsettled
 
 
 class ShardingOptions:
@@ -181,13 +173,16 @@ class ShardingDeserialize(Bnb4bitDeserialize):  # type: ignore[misc]
             return {name: _plain(value)}
         module, _ = get_module_from_name(model, full_layer_name)
         weight = found.pop("weight")
-        device = _active().partitioner.device
+        partitioner = _active().partitioner
+        device, absmax = partitioner.device, found["absmax"]
+        sliced = _shards_statistics() and isinstance(absmax, Source)
+        if sliced:  # read below, and only this rank's part
+            found["absmax"] = torch.empty(0, dtype=absmax.stored)
         statistics = {name: value.whole() if isinstance(value, Source) else value for name, value in found.items()}
         state = functional.QuantState.from_dict(qs_dict=statistics, device=device)
         recipe = Recipe(state.blocksize, state.quant_type, state.nested, weight.dtype)
         parameter: Any
         if isinstance(weight, Source):
-            partitioner = _active().partitioner
             part = part_of(weight.numel(), partitioner.num_ranks, partitioner.rank)
             piece = padded(weight.read_stored(part.begin, part.end), part.size).to(device)
             parameter = _params4bit(hollow(weight.shape, weight.stored, device), recipe, module)
@@ -195,10 +190,34 @@ class ShardingDeserialize(Bnb4bitDeserialize):  # type: ignore[misc]
             _active().num_sliced += 1
         else:
             parameter = _params4bit(weight, recipe, module)
-            _active().partitioner.partition(parameter)
+            partitioner.partition(parameter)
             _active().num_whole += 1
+        if sliced:
+            _read_statistics(parameter, state, module, absmax)
+            return {"weight": parameter}
         _finish(parameter, state, module)
         return {"weight": parameter}
+
+
+def _shards_statistics() -> bool:
+    return _active().release_gathered and _active().shard_statistics
+
+
+def _read_statistics(parameter: Any, state: functional.QuantState, module: bnb.nn.Linear4bit, absmax: Source) -> None:
+    """Give a layer its part of the scales that a checkpoint holds, read from the file by itself."""
+    partitioner, storage = _active().partitioner, parameter.quant_storage
+    state.absmax = None
+    state.__class__ = StateWithoutScales
+    _give_state(parameter, state, module)
+    size = absmax.stored.itemsize
+    num_elements = num_storage_elements(absmax.numel() * size, storage)
+    part = part_of(num_elements, partitioner.num_ranks, partitioner.rank)
+    # Whole scales around the part's bytes, which may begin or end within one.
+    begin, end = part.begin * storage.itemsize, min(part.end * storage.itemsize, absmax.numel() * size)
+    raw = absmax.read_stored(begin // size, -(-end // size)).view(torch.uint8)[begin % size :][: max(0, end - begin)]
+    piece = padded(raw, part.size * storage.itemsize).clone().view(storage).to(partitioner.device)
+    whole = hollow((num_elements,), storage, partitioner.device)
+    partitioner.adopt(give_statistics(let_go(module), whole, absmax.numel(), absmax.stored), piece)
 
 
 def _plain(value: Any) -> nn.Parameter:
@@ -232,15 +251,15 @@ def _quantized_slice(value: Source, module: bnb.nn.Linear4bit) -> Any:
     # transformers puts it there too, when this returns; the scales may be exchanged before that.
     module._parameters["weight"] = parameter
     module._is_hf_initialized = True
-    options.pending.append(Pending(parameter, module, recipe, source.shape, source.dtype, scales, counts))
+    options.pending.append(Pending(parameter, module, Unsettled(scales, counts, source.shape, source.dtype, recipe)))
     options.num_sliced += 1
-    if sum(pending.num_scales for pending in options.pending) >= _EXCHANGE_SCALES:
+    if sum(pending.weight.num_scales for pending in options.pending) >= _EXCHANGE_SCALES * partitioner.num_ranks:
         finish_pending()
     return parameter
 
 
 def finish_pending() -> None:
-    """Exchange the scales of the weights that were quantized by slices, and give each its quantization state.
+    """Settle the statistics of the weights that were quantized by slices, and give each its quantization state.
 
     A collective call: all ranks load the same tensors in the same order, and come here at the same ones.
     """
@@ -248,17 +267,42 @@ def finish_pending() -> None:
     waiting, options.pending = options.pending, []
     if not waiting:
         return
-    dtypes = {pending.dtype for pending in waiting}
+    if _shards_statistics():
+        _settle(waiting)
+    else:
+        _share_all(waiting)
+    options.mark("scales_exchanged")
+
+
+def _settle(waiting: list[Pending]) -> None:
+    """Each rank gets its part of the statistics."""
+    partitioner = _active().partitioner
+    settled = settle_scales(
+        [pending.weight for pending in waiting],
+        num_ranks=partitioner.num_ranks,
+        rank=partitioner.rank,
+        group=partitioner.group,
+    )
+    for pending, each in zip(waiting, settled, strict=True):
+        weight, module = pending.weight, pending.module
+        _give_state(pending.parameter, each.state, module)
+        whole = hollow((weight.num_elements,), each.part.dtype, partitioner.device)
+        statistics = give_statistics(let_go(module), whole, weight.num_scales, weight.statistics_dtype)
+        partitioner.adopt(statistics, each.part)
+
+
+def _share_all(waiting: list[Pending]) -> None:
+    """Every rank gets the whole statistics."""
+    dtypes = {pending.weight.dtype for pending in waiting}
     whole = exchange_scales(
-        [pending.scales for pending in waiting],
-        [pending.counts for pending in waiting],
+        [pending.weight.scales for pending in waiting],
+        [pending.weight.counts for pending in waiting],
         dtypes.pop() if len(dtypes) == 1 else torch.float32,
-        options.partitioner.group,
+        _active().partitioner.group,
     )
     for pending, absmax in zip(waiting, whole, strict=True):
-        state = make_state(absmax, pending.shape, pending.dtype, pending.recipe)
+        state = make_state(absmax, pending.weight.shape, pending.weight.dtype, pending.weight.recipe)
         _finish(pending.parameter, state, pending.module)
-    options.mark("scales_exchanged")
 
 
 def _quantized_whole(parameter: Any, module: bnb.nn.Linear4bit) -> Any:
@@ -283,12 +327,16 @@ def _params4bit(data: torch.Tensor, recipe: Recipe, module: nn.Module) -> Any:
     return parameter
 
 
-def _finish(parameter: Any, state: functional.QuantState, module: bnb.nn.Linear4bit) -> None:
-    options = _active()
+def _give_state(parameter: Any, state: functional.QuantState, module: bnb.nn.Linear4bit) -> None:
     parameter.quant_state = module.quant_state = state
     module._is_hf_initialized = True
     # Set before the statistics are taken off, which looks at the weight; transformers sets it again.
     module._parameters["weight"] = parameter
+
+
+def _finish(parameter: Any, state: functional.QuantState, module: bnb.nn.Linear4bit) -> None:
+    options = _active()
+    _give_state(parameter, state, module)
     if options.release_gathered:
         layer = let_go(module)
         if options.shard_statistics:

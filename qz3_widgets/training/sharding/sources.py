@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ class FileTensor(Source):
                 self._fill(file.fileno(), values, begin)
         return values
 
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """To a GPU through page-locked memory, a piece being copied while the next one is read."""
+        if self.target is None or self.target.type != "cuda":
+            return super().read(begin, end)
+        values = torch.empty(max(0, end - begin), dtype=self.stored, device=self.target)
+        if values.numel():
+            staging = _Staging.on(self.target)
+            raw = values.view(torch.uint8)
+            with open(self.path, "rb", buffering=0) as file:
+                position = self.offset + begin * self.stored.itemsize
+                for first in range(0, raw.numel(), _Staging.SIZE):
+                    piece = raw[first : first + _Staging.SIZE]
+                    staging.copy(piece, partial(self._fill_from, file.fileno(), position + first))
+        dtype = self.dtype if values.is_floating_point() else values.dtype
+        return values.to(dtype)
+
     def read_block(self, rows: range, columns: range) -> torch.Tensor:
         """Rows and columns of a matrix: one read for each row."""
         width = self.shape[1]
@@ -177,13 +194,57 @@ class FileTensor(Source):
 
     def _fill(self, descriptor: int, values: torch.Tensor, begin: int) -> None:
         view = values.view(torch.uint8).numpy().data.cast("B")
-        position, done = self.offset + begin * self.stored.itemsize, 0
+        self._fill_from(descriptor, self.offset + begin * self.stored.itemsize, view)
+
+    def _fill_from(self, descriptor: int, position: int, view: memoryview) -> None:
+        done = 0
         while done < len(view):
             num_bytes = os.preadv(descriptor, [view[done:]], position + done)
             if num_bytes == 0:
                 raise ValueError(f"{self.path} ends before the tensor that its header promises; copy it anew")
             done += num_bytes
         FileTensor.bytes_read += done
+
+
+class _Staging:
+    """Two pieces of page-locked memory between files and one GPU, used in turn."""
+
+    SIZE = 2**24
+    _of_device: dict[torch.device, _Staging] = {}  # noqa: RUF012 - one for each device
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(self.SIZE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._next = 0
+
+    @classmethod
+    def on(cls, device: torch.device) -> _Staging:
+        if device not in cls._of_device:
+            cls._of_device[device] = cls()
+        return cls._of_device[device]
+
+    @classmethod
+    def free(cls) -> None:
+        """Give the memory back, once loading is over."""
+        cls._of_device.clear()
+
+    def copy(self, piece: torch.Tensor, fill: Callable[[memoryview], None]) -> None:
+        """Let ``fill`` write the bytes, and copy them to ``piece`` on the GPU."""
+        number, self._next = self._next, 1 - self._next
+        before = self._copied[number]
+        if before is not None:
+            before.synchronize()
+        buffer = self._buffers[number][: piece.numel()]
+        fill(buffer.numpy().data.cast("B"))
+        piece.copy_(buffer, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(piece.device))
+        self._copied[number] = event
+
+
+def free_staging() -> None:
+    """Give back the page-locked memory that reads went through."""
+    _Staging.free()
 
 
 class Concatenated(Source):
