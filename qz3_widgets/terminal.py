@@ -181,6 +181,14 @@ def show_table(table: Table, console: Console) -> None:
     console.print(Segments(segments), soft_wrap=True, end="")
 
 
+def _ranks(summary: Mapping[str, Any]) -> str:
+    device = summary["device_name"] or summary["device"] or "?"
+    if summary["rehearsal"]:
+        ranks = ", ".join(str(rank["rank"]) for rank in summary["ranks"])
+        return f"rehearsal: rank {ranks or '?'} of {summary['world_size']}, alone on {device}"
+    return f"{summary['world_size']} on {device}"
+
+
 def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     """What ``qz3 show`` prints."""
     console.print(f"[bold]{escape(summary['run_id'])}[/]  {GLYPHS[summary['state']]}")
@@ -188,7 +196,7 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     if failure is not None:
         console.print(f"[red]{escape(failure['sentence'])}[/]", soft_wrap=True)
     lines = {
-        "ranks": f"{summary['world_size']} on {summary['device_name'] or summary['device'] or '?'}",
+        "ranks": _ranks(summary),
         "steps": f"{summary['num_steps']} of {summary['max_steps'] or '?'}",
         "loss": loss_change(summary["first_loss"], summary["last_loss"]),
         "held-out loss": loss_change(summary["eval_loss_before"], summary["eval_loss_after"]),

@@ -45,7 +45,9 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         "status": status.to_json(),
         "failure": None if failure is None else failure.to_json(),
         "config": None if config is None else config.model_dump(mode="json"),
+        "preset": _preset(run),
         "given": _given(run),
+        "rehearsal": any(bool(header.get("rehearsal")) for header in trace.headers.values()),
         "world_size": trace.world_size or (None if config is None else config.launch.num_processes),
         "missing_ranks": list(trace.missing_ranks),
         "num_damaged_lines": sum(trace.num_torn.values()),
@@ -99,6 +101,13 @@ def times(status: Status, trace: MemoryTrace, table: pd.DataFrame) -> dict[str, 
         "total_seconds": total,
         "phase_seconds": seconds,
     }
+
+
+def _preset(run: Run) -> str | None:
+    try:
+        return run.preset
+    except ValueError:
+        return None
 
 
 def _given(run: Run) -> dict[str, Any]:

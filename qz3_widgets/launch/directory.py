@@ -146,6 +146,7 @@ def _fill(plan: Plan, final: Path, layout: RunLayout, *, port: int, preset: str 
         created=utc_now(),
         launched_by=launched_by,
         num_ranks=plan.local_ranks,
+        rehearsal=plan.rehearsal is not None,
     )
     write_status(layout, status)
 

@@ -65,6 +65,8 @@ def make_rehearsal(
             "training.eval_on_start": False,
             "training.early_stopping_patience": None,
             "training.save_steps": None,
+            "training.save_total_limit": None,
+            "training.warmup_steps": 0,
             "training.max_duration_seconds": None,
             "launch.num_processes": 1,
             "launch.num_machines": 1,

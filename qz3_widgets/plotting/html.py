@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..analysis.compare import Comparison
 from ..analysis.compare_html import config_table, metrics_table, show_value
+from ..analysis.proof import prove
 from ..analysis.verdict import judge
 from ..markup import Cell, chip, escape, note, table
 from ..runs.secrets import redact, redact_tree
@@ -43,6 +44,7 @@ def run_cards(run: Run, summary: Mapping[str, Any], source: MemorySource, index:
             note(verdict.level, redact(verdict.sentence), redact(verdict.detail)),
             key_figures(summary),
             _log(run, summary) if failed else "",
+            proof_card(run),
             card("Memory per rank", plot_memory(source, index=index).svg(), aside=_measured(summary)),
             card("Peaks", plot_peaks(source, index=index).svg() + peaks_table(source), aside="each rank, by phase"),
             card("Loss", plot_loss(run, index=index).svg()),
@@ -95,6 +97,26 @@ def key_figures(summary: Mapping[str, Any]) -> str:
     return f'<div class="qz3-card qz3-figures">{boxes}</div>' if items else ""
 
 
+_OUTCOMES = {"passed": "✓ holds", "failed": "✕ does not hold", "unknown": "? not known", "skipped": "– does not apply"}
+
+
+def proof_card(run: Run) -> str:
+    """What the ranks' probes prove: sharded, in 4 bit, learning; a run without probes says so."""
+    proof = prove(run)
+    level = "ok" if proof.ok else "error" if proof.is_known else "info"
+    rows = [
+        [
+            Cell(check.name.replace("_", " ")),
+            Cell(_OUTCOMES[check.outcome], "bold" if check.outcome == "failed" else ""),
+            Cell(redact(check.sentence)),
+        ]
+        for check in proof.checks
+    ]
+    head = [Cell("check"), Cell("outcome"), Cell("what was found")]
+    body = note(level, redact(proof.sentence)) + (table(head, rows, caption="Proof, check by check") if rows else "")
+    return card("Proof", body, aside="what each rank found in itself")
+
+
 def peaks_table(source: MemorySource) -> str:
     """Peak and settled memory of all ranks, a row each; ranks without a trace are named."""
     found, trace = source.table, source.trace
@@ -108,7 +130,7 @@ def peaks_table(source: MemorySource) -> str:
     ]
     unit, scale = pick_unit(float(found["peak_bytes"].max()))
     by_place = {(int(row["rank"]), str(row["phase"])): row for row in found.to_dict(orient="records")}
-    largest = {(phase, name): found[found["phase"] == phase][name].max() for phase, name in columns}
+    largest = {place: _the_largest(found[found["phase"] == place[0]][place[1]], scale) for place in columns}
     rows = []
     for rank in sorted({*trace.ranks, *trace.missing_ranks}):
         if rank in trace.missing_ranks:
@@ -121,16 +143,22 @@ def peaks_table(source: MemorySource) -> str:
             if value is None or pd.isna(value):
                 cells.append(Cell("not reached" if row is None else "not finished", "num muted"))
             else:
-                full = "num bold" if value == largest[phase, name] else "num"
-                cells.append(Cell(f"{int(value) / scale:.1f}", full))
+                shown = f"{int(value) / scale:.1f}"
+                cells.append(Cell(shown, "num bold" if shown == largest[phase, name] else "num"))
         rows.append(cells)
     word = {"peak_bytes": "peak", "settled_bytes": "settled"}
     head = [Cell(f"in {unit}"), *[Cell(f"{phase}, {word[name]}", "num") for phase, name in columns]]
     return table(head, rows, caption=f"Memory by rank and phase, in {unit}")
 
 
+def _the_largest(values: pd.Series[float], scale: float) -> str | None:
+    """The largest figure as it is shown; none where all look alike."""
+    shown = {f"{int(value) / scale:.1f}" for value in values.dropna()}
+    return f"{int(values.max()) / scale:.1f}" if len(shown) > 1 else None
+
+
 def configuration(summary: Mapping[str, Any]) -> str:
-    """What was set other than the preset, and below it, folded, every field."""
+    """What was set other than the preset or the defaults, and below it, folded, every field."""
     config = redact_tree(summary["config"] or {})
     given = redact_tree(summary["given"])
     changed = [
@@ -140,7 +168,10 @@ def configuration(summary: Mapping[str, Any]) -> str:
     ]
     rows = [[Cell(path, "code"), Cell(show_value(value), "num code")] for path, value in changed]
     head = [Cell("field"), Cell("value", "num")]
-    first = table(head, rows, caption="Changed fields") if rows else '<p class="qz3-muted">Nothing but the preset.</p>'
+    preset = summary["preset"]
+    base = f"the preset {preset}" if preset else "the defaults"
+    nothing = f'<p class="qz3-muted">Nothing but {escape(base)}.</p>'
+    first = table(head, rows, caption="Changed fields") if rows else nothing
     every = [
         [Cell(f"{section}.{field}", "code"), Cell(show_value(value), "num code")]
         for section, fields in config.items()
@@ -148,7 +179,7 @@ def configuration(summary: Mapping[str, Any]) -> str:
         for field, value in fields.items()
     ]
     folded = f"<details><summary>All {len(every)} fields</summary>{table(head, every)}</details>" if every else ""
-    return card("Configuration", first + folded, aside="what differs from the preset")
+    return card("Configuration", first + folded, aside=f"what differs from {base}")
 
 
 def provenance(run: Run, summary: Mapping[str, Any]) -> str:
@@ -192,6 +223,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     """The run's set-up in a line: ranks, model, quantization, sharding, adapter, length and batch."""
     config = summary["config"]
     ranks = f"{summary['world_size']} ranks" if summary["world_size"] != 1 else "1 rank"
+    if summary.get("rehearsal"):
+        ranks = f"rehearsal of one rank of {summary['world_size']}, alone on its device"
     if config is None:
         return f"{ranks}; its configuration can't be read"
     quantization, stage = config["quantization"], config["zero"]["zero_stage"]

@@ -38,6 +38,7 @@ class Status:
     launched_by: Launcher = "supervisor"
     attempt: int = 1  # 2 after the first resume
     num_ranks: int | None = None  # that run on this machine
+    rehearsal: bool = False  # one rank alone, that plays one of many
     host: str | None = None
     pid: int | None = None  # of the supervisor
     pid_created: float | None = None  # seconds since the epoch; with pid it names one process for good

@@ -207,3 +207,38 @@ def test_a_fused_moe_left_in_16_bit(runs: Runs) -> None:
     [fused] = [entry for entry in proof.to_json()["quantization"]["layers_16bit"] if entry["why"] == "fused"]
     assert fused["weights"] == 2 * 4 * 3 * 64 * 96
     assert alarms(run) == list(proof.reasons)
+
+
+def test_embeddings_are_gathered_only_while_they_are_used(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is there in the layers' backward; the head is gathered once a micro-batch."""
+    run = run_with_script(
+        runs,
+        monkeypatch,
+        "embeddings",
+        """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from qz3_widgets.training.trainer import RecordedTrainer
+
+        step = RecordedTrainer.training_step
+
+        def watched(self, model, *args, **kwargs):
+            base = self.model.get_base_model()
+            head = dict(base.lm_head.named_parameters())["weight"]
+            embeddings = {"input": base.get_input_embeddings().weight, "head": head}
+            def tell(when):
+                there = [name for name, each in embeddings.items() if each.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+                print("EMBEDDINGS", when, *there)
+            hook = base.model.layers[-1].register_full_backward_pre_hook(lambda *_: tell("backward"))
+            first = base.model.layers[0].register_forward_pre_hook(lambda *_: tell("forward"))
+            loss = step(self, model, *args, **kwargs)
+            tell("end")
+            hook.remove(), first.remove()
+            return loss
+
+        RecordedTrainer.training_step = watched
+        """,
+    )
+    told = [line.split()[1:] for line in run.layout.rank_log(0).read_text().splitlines() if line.startswith("EMB")]
+    assert {when for when, *_ in told} == {"forward", "backward", "end"}
+    assert all(not there for _, *there in told), told
+    assert prove(run).ok

@@ -45,7 +45,7 @@ def gather_head_when_read(model: Any) -> bool:
     gathered = _Gathered()
     mine = _GatheredWhenRead(head, gathered)
     for name, parameter in head._parameters.items():
-        dict.__setitem__(mine, name, parameter)
+        mine[name] = parameter
     mine._in_forward = head._parameters._in_forward
     head._parameters = mine
     _backbone_of(model).register_forward_hook(gathered.release_after_gradient)

@@ -174,10 +174,12 @@ class ShardingDeserialize(Bnb4bitDeserialize):  # type: ignore[misc]
         module, _ = get_module_from_name(model, full_layer_name)
         weight = found.pop("weight")
         partitioner = _active().partitioner
-        device, absmax = partitioner.device, found["absmax"]
+        device = partitioner.device
+        name = next(name for name in found if name.rpartition(".")[2] == "absmax")
+        absmax = found[name]
         sliced = _shards_statistics() and isinstance(absmax, Source)
         if sliced:  # read below, and only this rank's part
-            found["absmax"] = torch.empty(0, dtype=absmax.stored)
+            found[name] = torch.empty(0, dtype=absmax.stored)
         statistics = {name: value.whole() if isinstance(value, Source) else value for name, value in found.items()}
         state = functional.QuantState.from_dict(qs_dict=statistics, device=device)
         recipe = Recipe(state.blocksize, state.quant_type, state.nested, weight.dtype)

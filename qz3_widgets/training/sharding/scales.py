@@ -204,15 +204,19 @@ def _all_to_all(
 ) -> torch.Tensor:
     if num_ranks == 1:
         return sent
-    size = sent.itemsize
-    raw = sent.contiguous().view(torch.uint8)
+    # A byte more for each receiver: torch refuses a rank that has nothing to send and something to receive.
+    sent_bytes = [sent.itemsize * count for count in sent_counts]
+    received_bytes = [sent.itemsize * count for count in received_counts]
+    more = torch.zeros(1, dtype=torch.uint8, device=sent.device)
+    pieces = sent.contiguous().view(torch.uint8).split(sent_bytes)
+    raw = torch.cat([each for piece in pieces for each in (piece, more)])
     staged = raw.device.type != "cpu" and dist.get_backend(group) == "gloo"  # which has no all-to-all between GPUs
     source = raw.cpu() if staged else raw
     # Zeros: in a rehearsal the collective fills in nothing, and what memory held before could be anything.
-    received = torch.zeros(sum(received_counts) * size, dtype=torch.uint8, device=source.device)
-    dist.all_to_all_single(
-        received, source, [size * count for count in received_counts], [size * count for count in sent_counts], group
-    )
+    received = torch.zeros(sum(received_bytes) + num_ranks, dtype=torch.uint8, device=source.device)
+    split = [count + 1 for count in received_bytes]
+    dist.all_to_all_single(received, source, split, [count + 1 for count in sent_bytes], group)
+    received = torch.cat([piece[:-1] for piece in received.split(split)])
     return received.to(sent.device).view(sent.dtype)
 
 
