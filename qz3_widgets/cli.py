@@ -27,7 +27,9 @@ app = typer.Typer(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, as 'qz3 init' writes it.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, as 'qz3 init' writes it, or a preset's name.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field; may be repeated.")
 ]
@@ -115,6 +117,10 @@ def rehearse(
     rank: Annotated[int, typer.Option(help="The rank to be.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps to take.")] = 3,
     layers: Annotated[int | None, typer.Option(help="Only so many of the model's layers; all, if empty.")] = None,
+    arithmetic: Annotated[
+        bool | None,
+        typer.Option(help="Compute products of matrices, or only take their memory; only on a GPU, if empty."),
+    ] = None,
     overrides: Overrides = None,
     runs_dir: RunsDir = Path("runs"),
     detach: Detach = False,
@@ -128,7 +134,8 @@ def rehearse(
     from .plan.rehearsal import make_rehearsal
 
     wanted = _load(config, overrides)
-    plan = make_rehearsal(wanted, world_size or wanted.launch.num_processes, rank=rank, steps=steps, num_layers=layers)
+    ranks = world_size or wanted.launch.num_processes
+    plan = make_rehearsal(wanted, ranks, rank=rank, steps=steps, num_layers=layers, arithmetic=arithmetic)
     _show_issues(plan.issues)
     _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
 
@@ -271,7 +278,9 @@ def main() -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
-    return apply_overrides(load_config(path), overrides or [])
+    name = str(path)
+    given = preset(name) if name in PRESETS and not path.exists() else load_config(path)
+    return apply_overrides(given, overrides or [])
 
 
 def _open(name: str, runs_dir: Path) -> Any:

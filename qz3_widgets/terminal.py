@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
@@ -69,7 +70,7 @@ def describe(now: RunProgress) -> str:
     parts = []
     if now.step:
         parts.append(f"step {now.step} of {now.max_steps or '?'}")
-    if now.loss is not None:
+    if now.loss is not None and not math.isnan(now.loss):
         parts.append(f"loss {now.loss:.3f}")
     if now.tokens_per_second:
         parts.append(f"{now.tokens_per_second:.0f} tokens/s")

@@ -151,6 +151,7 @@ def environment_of(plan: Plan, *, port: int) -> dict[str, str]:
         environment |= {
             "QZ3_REHEARSAL_RANK": str(plan.rehearsal.rank),
             "QZ3_REHEARSAL_WORLD_SIZE": str(plan.rehearsal.world_size),
+            "QZ3_REHEARSAL_ARITHMETIC": str(int(plan.rehearsal.arithmetic)),
         }
     if config.launch.ranks_per_gpu > 1:
         environment["QZ3_RANKS_PER_GPU"] = str(config.launch.ranks_per_gpu)

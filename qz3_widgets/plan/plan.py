@@ -36,6 +36,11 @@ class Rehearsal:
 
     rank: int
     world_size: int
+    arithmetic: bool = True  # False: products of matrices are allocated, not computed
+
+    def __str__(self) -> str:
+        without = "" if self.arithmetic else ", without arithmetic"
+        return f"rank {self.rank} of {self.world_size}{without}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Plan:
         """Where it runs, in words: ``"2 ranks on 2 x 24.0 GiB"``."""
         ranks = f"{self.world_size} rank{'s' if self.world_size != 1 else ''}"
         if self.rehearsal is not None:
-            ranks = f"rehearsal: rank {self.rehearsal.rank} of {self.rehearsal.world_size}"
+            ranks = f"rehearsal: {self.rehearsal}"
         gpus = self.capabilities.usable_gpus
         if self.device == "cuda":
             here = (

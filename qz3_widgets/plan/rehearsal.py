@@ -23,6 +23,7 @@ def make_rehearsal(
     rank: int = 0,
     steps: int = 3,
     num_layers: int | None = None,
+    arithmetic: bool | None = None,
     capabilities: Capabilities | None = None,
 ) -> Plan:
     """The plan of being rank ``rank`` of ``world_size`` on one device of this machine.
@@ -33,6 +34,8 @@ def make_rehearsal(
         rank: the one to be.
         steps: optimizer steps to take.
         num_layers: only so many of the model's layers; all, if left out.
+        arithmetic: whether products of matrices are computed, or only their memory is taken, which is what a rehearsal
+            measures; left out, they are computed on a GPU, and not on a CPU, which would take hours for a large model.
         capabilities: this machine, if it is known already.
 
     Raises:
@@ -79,7 +82,8 @@ def make_rehearsal(
     plan = make_plan(rehearsed, capabilities)
     # Its data are made up, and it is alone on purpose: what is said of these is about another run.
     issues = tuple(issue for issue in plan.issues if not issue.field.startswith("data.") and issue.rule != "one-rank")
-    return replace(plan, issues=issues, world_size=world_size, rehearsal=Rehearsal(rank, world_size))
+    played = Rehearsal(rank, world_size, plan.device != "cpu" if arithmetic is None else arithmetic)
+    return replace(plan, issues=issues, world_size=world_size, rehearsal=played)
 
 
 def random_name(name_or_path: str, num_layers: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .operators import are_missing, prepare_cpu_operators
 from .probes.callback import ProbeCallback
 from .probes.probe import RankProbe
 from .recorder import MemoryRecorder
-from .rehearsal import connect_alone, random_examples
+from .rehearsal import WithoutArithmetic, computes, connect_alone, random_examples
 from .session import RankIdentity
 from .sharding.embeddings import EmbeddingsCallback
 from .tokenizers import make_tokenizer
@@ -72,14 +73,19 @@ class Work:
         self._say(f"{len(train)} examples to train on, {0 if held_out is None else len(held_out)} held out")
 
         recorder.enter("load")
+        if not computes():
+            self._say("a rehearsal without arithmetic: memory is taken, and nothing is computed")
         probe = RankProbe(config, self.layout, recorder, self.identity)
-        model = models.load_base(config, base, recorder.mark)
+        arithmetic = nullcontext if computes() else WithoutArithmetic
+        with arithmetic():
+            model = models.load_base(config, base, recorder.mark)
         recorder.adopt(model)
         recorder.enter("attach")
         probe.loaded(model)
         peft_model = models.attach_adapter(config, model)
         recorder.enter("data")
         trainer = self._make_trainer(peft_model, args, tokenizer, train, held_out)
+        trainer.around_step = arithmetic
         if config.zero.zero_stage == 3 and config.zero.release_gathered:
             trainer.add_callback(EmbeddingsCallback())
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +26,12 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
     """``SFTTrainer`` that tells the recorder where it is; the arithmetic is TRL's."""
 
     recorder: MemoryRecorder
+    around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        with self.around_step():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.recorder.mark("backward_end")
         return loss
 

@@ -19,14 +19,14 @@ MAX_REDUCE_BUCKET = 20_000_000
 
 
 def largest_block(model: nn.Module, persistent_below: int = 0) -> int:
-    """Storage elements of the largest block that the model repeats, a decoder layer; of the whole if it repeats none.
+    """Storage elements of the largest block that the model repeats, a decoder layer; the only one if it has but one, or else the whole.
 
     Parameters of ``persistent_below`` elements and less are left out: ZeRO-3 keeps those whole, and gathers them no
     more.
     """
     blocks = [block for holder in model.modules() if isinstance(holder, nn.ModuleList) for block in holder]
     kinds = Counter(type(block) for block in blocks)
-    repeated = [block for block in blocks if kinds[type(block)] > 1] or [model]
+    repeated = [block for block in blocks if kinds[type(block)] > 1] or blocks or [model]
     return max(
         sum(size for parameter in block.parameters() if (size := _elements_of(parameter)) > persistent_below)
         for block in repeated

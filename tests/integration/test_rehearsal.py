@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qz3_widgets.analysis.memory import peaks
 from qz3_widgets.analysis.proof import prove
 from qz3_widgets.config.changes import with_changes
 from qz3_widgets.config.io import save_config
@@ -38,7 +39,7 @@ def rehearsal(runs: Runs) -> Run:
         data__source="/no/such/file.jsonl",
         data__eval_source=None,
     )
-    plan = make_rehearsal(config, 4, rank=1, steps=2)
+    plan = make_rehearsal(config, 4, rank=1, steps=2, arithmetic=True)
     plan.raise_if_blocked()
     return succeed(start(plan, runs_dir=runs.runs_dir))
 
@@ -57,7 +58,7 @@ def test_it_goes_through_the_training_code(rehearsal: Run) -> None:
 
 def test_it_is_marked_everywhere(runs: Runs, rehearsal: Run, qz3: Qz3) -> None:
     assert rehearsal.run_id.startswith("rehearsal-tiny-")
-    assert rehearsal.plan_json["rehearsal"] == {"rank": 1, "world_size": 4}
+    assert rehearsal.plan_json["rehearsal"] == {"rank": 1, "world_size": 4, "arithmetic": True}
     header = rehearsal.memory().headers[1]
     assert (header["rehearsal"], header["world_size"]) == (True, 4)
     metrics = json.loads(rehearsal.layout.metrics.read_text(encoding="utf-8").splitlines()[0])
@@ -114,3 +115,45 @@ def test_what_cant_be_rehearsed_is_said_at_once(qz3: Qz3, tmp_path: Path) -> Non
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_405b_layer_by_its_presets_name_without_arithmetic(qz3: Qz3, tmp_path: Path) -> None:
+    """Nothing is computed on a CPU, so the width of a model is no matter; three steps of the preset's own batches."""
+    options = ["--world-size", "8", "--layers", "2", "--runs-dir", tmp_path, "--json"]
+    done = qz3("rehearse", "llama-3.1-405b", *options, timeout=RUN_SECONDS)
+    assert done.returncode == 0, done.stderr
+    [run] = list_runs(tmp_path)
+    assert run.plan_json["rehearsal"] == {"rank": 0, "world_size": 8, "arithmetic": False}
+    assert run.config.model.name_or_path == "random:llama-3.1-405b@2"
+    assert sorted(losses(run)) == [1, 2, 3]
+    assert prove(run).ok
+    listed = json.loads(qz3("runs", "--runs-dir", tmp_path, "--json", check=True).stdout)
+    assert [each["run_id"] for each in listed] == [run.run_id]
+    table = peaks(run.memory()).set_index("phase")
+    # Two layers in 4 bit with their scales, embedding and head in 16 bit: an eighth of each.
+    held = (2 * 3.19e9 * (0.5 + 1 / 64) + 2 * 128256 * 16384 * 2) / 8
+    assert table.loc["load", "settled_bytes"] == pytest.approx(held, rel=0.03)
+    assert table.loc["step", "peak_bytes"] > 4 * table.loc["load", "peak_bytes"]
+
+
+def test_memory_is_the_same_without_arithmetic(tmp_path: Path) -> None:
+    config = with_changes(
+        preset("llama-3.1-8b"),
+        {
+            "model.name_or_path": "random:llama-3.2-1b",
+            "data.max_length": 64,
+            "training.per_device_train_batch_size": 1,
+            "training.gradient_accumulation_steps": 1,
+            "launch.device": "cpu",
+        }
+        | FP32,
+    )
+    found = []
+    for arithmetic in (True, False):
+        plan = make_rehearsal(config, 4, rank=1, steps=2, num_layers=1, arithmetic=arithmetic)
+        found.append(peaks(succeed(start(plan, runs_dir=tmp_path)).memory()).set_index("phase"))
+    computed, allocated = found
+    for phase in ("load", "ready", "step"):
+        for name in ("settled_bytes", "peak_bytes"):
+            # Kernels take temporary memory that nobody sees but the allocator.
+            assert allocated.loc[phase, name] == pytest.approx(computed.loc[phase, name], rel=0.04), (phase, name)
