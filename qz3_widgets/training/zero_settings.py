@@ -19,8 +19,9 @@ MAX_REDUCE_BUCKET = 20_000_000
 
 
 def largest_block(model: nn.Module, persistent_below: int = 0) -> int:
-    """Storage elements of the largest block that the model repeats, a decoder layer; the only one if it has but one, or else the whole.
+    """Storage elements of the largest block that the model repeats, a decoder layer.
 
+    A model of one layer repeats none: its blocks are taken as they are; one without blocks is a block itself.
     Parameters of ``persistent_below`` elements and less are left out: ZeRO-3 keeps those whole, and gathers them no
     more.
     """
