@@ -27,7 +27,7 @@ def test_only_what_cant_be_rehearsed_changes(make_config: MakeConfig, cpu: Capab
     config = make_config(training__eval_steps=2, training__save_steps=2, data__max_length=64, lora__r=32, name="big")
     plan = make_rehearsal(config, 4, rank=1, steps=2, capabilities=cpu)
     rehearsed = plan.config
-    assert plan.rehearsal == Rehearsal(1, 4)
+    assert plan.rehearsal == Rehearsal(1, 4, arithmetic=False)  # on a CPU
     assert rehearsed.name == "rehearsal-big"
     assert (rehearsed.training.max_steps, rehearsed.training.eval_steps, rehearsed.training.save_steps) == (
         2,
@@ -43,9 +43,15 @@ def test_only_what_cant_be_rehearsed_changes(make_config: MakeConfig, cpu: Capab
 
 def test_it_is_marked_in_the_plan(make_config: MakeConfig, cpu: Capabilities) -> None:
     plan = make_rehearsal(make_config(), 4, rank=3, capabilities=cpu)
-    assert plan.to_json()["rehearsal"] == {"rank": 3, "world_size": 4}
+    assert plan.to_json()["rehearsal"] == {"rank": 3, "world_size": 4, "arithmetic": False}
     assert plan.to_json()["world_size"] == 4
-    assert plan.describe_machine().startswith("rehearsal: rank 3 of 4 on the CPU")
+    assert plan.describe_machine().startswith("rehearsal: rank 3 of 4, without arithmetic on the CPU")
+
+
+def test_arithmetic_is_done_if_asked_for(make_config: MakeConfig, cpu: Capabilities) -> None:
+    plan = make_rehearsal(make_config(), 4, arithmetic=True, capabilities=cpu)
+    assert plan.rehearsal == Rehearsal(0, 4)
+    assert str(plan.rehearsal) == "rank 0 of 4"
 
 
 def test_the_data_need_not_be_there(make_config: MakeConfig, cpu: Capabilities) -> None:
