@@ -207,12 +207,22 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         "time": f"{format_duration(summary['times']['total_seconds'])}, first step after "
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
+    if summary["computed_settings"]:
+        lines["computed"] = _computed(summary["computed_settings"])
     for name, value in lines.items():
         console.print(f"  {name:<14} {escape(value)}", highlight=False, soft_wrap=True)
     proof = summary["proof"]
     mark = "[green]✓[/]" if proof["ok"] else "[red]✕ not ok:[/]" if proof["known"] else "?"
     console.print(f"  {'proof':<14} {mark} {escape(proof['sentence'])}", highlight=False, soft_wrap=True)
     show_peaks(summary, console)
+
+
+def _computed(computed: Mapping[str, Any]) -> str:
+    """Settings that were ``auto``, in one line, and what they come from."""
+    told = [f"leaf_modules {' '.join(computed['leaf_modules'])}"] if computed["leaf_modules"] else []
+    told += [f"{name.removeprefix('stage3_')} {number:,}" for name, number in computed["settings"].items()]
+    source = f"from a layer of {computed['layer_elements']:,} elements and {computed['trainable_elements']:,} trainable"
+    return f"{', '.join(told)} ({source})" if told else "nothing was left to the model's sizes"
 
 
 def _value(value: Any) -> str:

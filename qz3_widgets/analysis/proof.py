@@ -52,6 +52,13 @@ class Proof:
         return {"ok": self.ok, "sentence": self.sentence, "reasons": list(self.reasons), "known": self.is_known}
 
     @property
+    def computed_settings(self) -> dict[str, Any] | None:
+        """ZeRO-3's settings that were ``auto``, and what they were computed from; as the lowest rank tells."""
+        first: Mapping[str, Any] = self.probes[min(self.probes)] if self.probes else {}
+        computed = first.get("computed")
+        return dict(computed) if isinstance(computed, dict) else None
+
+    @property
     def is_known(self) -> bool:
         """Whether it is decided: it is proven, or something has failed. Otherwise something is not known (yet)."""
         return self.ok or any(check.outcome == "failed" for check in self.checks)

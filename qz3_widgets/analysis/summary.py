@@ -36,6 +36,7 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
     table = peaks(trace)
     loss, pace = summarize_loss(metrics), speed(metrics)
     failure = find_failure(status, trace)
+    proof = prove(run)
     top = fullest(table)
     capacity = trace.capacity_bytes
     return {
@@ -64,7 +65,8 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         "step_seconds": pace.step_seconds,
         "times": times(status, trace, table),
         "expected_against_measured": None,
-        "proof": prove(run).verdict(),
+        "computed_settings": proof.computed_settings,
+        "proof": proof.verdict(),
     }
 
 

@@ -154,8 +154,11 @@ class ZeroSection(Section):
     shard_statistics: bool = _f(
         True, "Partition the quantization statistics with the weights. false: they stay whole on every rank.", rare=True
     )
-    leaf_modules: Literal["none"] | Names = _f(
-        "none", "Class names of modules that are gathered and released as one, such as LlamaDecoderLayer.", rare=True
+    leaf_modules: Literal["auto", "none"] | Names = _f(
+        "auto",
+        "Modules that are gathered and released as one. auto: the model's decoder layers; none: each weight by itself, "
+        "as DeepSpeed does; or class names, such as LlamaDecoderLayer.",
+        rare=True,
     )
 
     # One validator for each field, and none for the section: so every contradiction is reported, not only the first,
@@ -165,8 +168,8 @@ class ZeroSection(Section):
     def _needs_stage_3(cls, value: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
         stage = info.data.get("zero_stage", 3)
         if value == ():
-            raise ValueError("is an empty list: name a class, or use none")
-        if value != "none" and stage != 3:
+            raise ValueError("is an empty list: name a class, or use auto or none")
+        if value not in ("none", "auto") and stage != 3:
             raise ValueError(f"needs zero_stage 3, not {stage}; or set it to none")
         return value
 

@@ -94,12 +94,6 @@ def checkpointing_kwargs(config: RunConfig) -> dict[str, Any] | None:
     return None if mode == "none" else {"use_reentrant": mode == "reentrant"}
 
 
-def leaf_class_names(config: RunConfig) -> tuple[str, ...]:
-    """Classes that ZeRO-3 gathers and releases as one."""
-    leaves = config.zero.leaf_modules
-    return () if leaves == "none" else leaves
-
-
 def sft_kwargs(config: RunConfig, layout: RunLayout, *, device: str, has_eval: bool) -> dict[str, Any]:
     """Arguments of ``trl.SFTConfig`` for a run on ``device``; ``has_eval`` says whether there is evaluation data."""
     training, data = config.training, config.data

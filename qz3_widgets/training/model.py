@@ -12,8 +12,9 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from ..config.schema import RunConfig
 from ..config.shapes import RANDOM_PREFIX, read_shape
 from ..config.strategy import resolve_load_strategy
-from .arguments import PRECISIONS, leaf_class_names, local_or_hub, lora_kwargs, model_kwargs
+from .arguments import PRECISIONS, local_or_hub, lora_kwargs, model_kwargs
 from .loading import LOADERS, BaseModel
+from .zero_settings import decoder_layer_names
 
 
 def find_base(config: RunConfig) -> BaseModel:
@@ -95,15 +96,17 @@ def cast_adapter(config: RunConfig, model: torch.nn.Module) -> int:
 
 
 def _set_leaves(config: RunConfig, model: torch.nn.Module) -> None:
-    names = leaf_class_names(config)
-    if not names:
+    wanted = config.zero.leaf_modules
+    if config.zero.zero_stage != 3 or wanted == "none":
         return
     from deepspeed.utils import set_z3_leaf_modules
 
     classes = {type(module).__name__: type(module) for module in model.modules()}
+    names = decoder_layer_names(model) if wanted == "auto" else wanted
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise ValueError(
             f"zero.leaf_modules: the model has no class {', '.join(unknown)}; it has {', '.join(sorted(classes))}"
         )
-    set_z3_leaf_modules(model, [classes[name] for name in names])
+    if names:
+        set_z3_leaf_modules(model, [classes[name] for name in names])

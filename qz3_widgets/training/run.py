@@ -89,7 +89,7 @@ class Work:
         if config.zero.zero_stage == 3 and config.zero.release_gathered:
             trainer.add_callback(EmbeddingsCallback())
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
-        self._settle(peft_model, args)
+        self._settle(peft_model, args, probe)
         recorder.enter("engine")
         trainer.train(resume_from_checkpoint=self.resume or None)
         if held_out is not None and not trainer.evaluated_at(trainer.state.global_step):
@@ -101,16 +101,15 @@ class Work:
             # Without this, ranks can abort at exit after a good run.
             torch.distributed.destroy_process_group()
 
-    def _settle(self, model: Any, args: SFTConfig) -> None:
+    def _settle(self, model: Any, args: SFTConfig, probe: RankProbe) -> None:
         """Compute what the configuration leaves to the model's sizes, before the engine is built."""
         if self.config.zero.zero_stage != 3:
             return
-        settings = computed_settings(self.config, model, model.config.get_text_config().hidden_size)
-        apply_settings(settings, args.hf_deepspeed_config.config)
-        if settings:
-            self._say(
-                "computed from the model: " + ", ".join(f"{name} {number:,}" for name, number in settings.items())
-            )
+        computed = computed_settings(self.config, model, model.config.get_text_config().hidden_size)
+        apply_settings(computed.settings, args.hf_deepspeed_config.config)
+        probe.settled(computed.to_json())
+        if str(computed):
+            self._say(f"computed from the model: {computed}")
 
     def _save(self, trainer: RecordedTrainer) -> None:
         self.recorder.enter("save")

@@ -125,7 +125,10 @@ def rehearse(shape: str, world_size: int, changes: dict[str, Any], timeout: floa
     return follow(start(make_rehearsal(config, world_size), runs_dir=SCRATCH / "runs"), timeout)
 
 
-STOCK = {"model.load_strategy": "stock", "zero.release_gathered": False, "zero.shard_statistics": False}
+STOCK = {
+    "model.load_strategy": "stock", "zero.release_gathered": False, "zero.shard_statistics": False,
+    "zero.leaf_modules": "none",
+}  # fmt: skip
 LONG = {
     "data.max_length": 1024, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 1,
     "training.memory_sample_seconds": 0.05, "lora.r": 16,

@@ -96,6 +96,10 @@ class RankProbe:
             self._prints = self._fingerprints(weights)
         self._agree("loaded", *totals(self._prints.values()))
 
+    def settled(self, computed: dict[str, Any]) -> None:
+        """What the configuration left to the model's sizes, and what it was computed from; written with the next."""
+        self.content["computed"] = computed
+
     def ready(self, model: nn.Module, engine: Any) -> None:
         """When the engine stands, before the first step."""
         watches = [0, 0, 0]

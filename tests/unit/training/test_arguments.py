@@ -128,7 +128,7 @@ def given_to_the_run(config: RunConfig) -> str:
         [
             config.name, rendered, args.model_kwargs(config), args.tokenizer_kwargs(config),
             args.quantization_kwargs(config), args.lora_kwargs(config), args.checkpointing_kwargs(config),
-            args.leaf_class_names(config), args.collective_timeout(config), config.model.name_or_path,
+            args.collective_timeout(config), config.model.name_or_path, config.zero.leaf_modules,
             args.sft_kwargs(config, layout, device=device, has_eval=True),
         ]
     )  # fmt: skip
