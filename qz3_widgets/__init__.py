@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .plan.capabilities import Capabilities, detect, imagine
     from .plan.plan import Plan, PlanError, make_plan
     from .plan.rehearsal import make_rehearsal
-    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks
+    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_time
     from .plotting.report import export_html
     from .runs.store import Run, RunNotFound, list_runs, open_run
     from .widgets.live import LiveRun, watch
@@ -59,6 +59,7 @@ _HOME: dict[str, str] = {
     "plot_memory": ".plotting",
     "plot_memory_compare": ".plotting",
     "plot_peaks": ".plotting",
+    "plot_time": ".plotting",
     "prepare_demo": ".demo",
     "preset": ".config.presets",
     "prove": ".analysis.proof",
@@ -104,6 +105,7 @@ __all__ = [
     "plot_memory",
     "plot_memory_compare",
     "plot_peaks",
+    "plot_time",
     "prepare_demo",
     "preset",
     "prove",

@@ -204,6 +204,7 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         "speed": "-"
         if summary["tokens_per_second"] is None
         else f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.2f} s a step",
+        "step": _parts(summary["step_parts"]),
         "time": f"{format_duration(summary['times']['total_seconds'])}, first step after "
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
@@ -215,6 +216,11 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     mark = "[green]✓[/]" if proof["ok"] else "[red]✕ not ok:[/]" if proof["known"] else "?"
     console.print(f"  {'proof':<14} {mark} {escape(proof['sentence'])}", highlight=False, soft_wrap=True)
     show_peaks(summary, console)
+
+
+def _parts(parts: Mapping[str, float]) -> str:
+    """Where the seconds of a step go."""
+    return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items()) or "-"
 
 
 def _computed(computed: Mapping[str, Any]) -> str:

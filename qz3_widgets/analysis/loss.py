@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,18 @@ class LossSummary:
     """First step whose loss was not a number."""
 
 
+STEP_PARTS = ("data", "forward", "backward", "optimizer")
+"""In their order in time; ``data`` comes before the step begins."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """Medians over the steps after the first, which warms up; over all steps if there is only one."""
 
     step_seconds: float | None
     tokens_per_second: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of ``data``, ``forward``, ``backward`` and ``optimizer``, as far as they are on record."""
 
 
 def loss_curve(metrics: pd.DataFrame, *, span: int | None = None) -> pd.DataFrame:
@@ -119,7 +126,9 @@ def speed(metrics: pd.DataFrame) -> Speed:
     steps = _latest(metrics, "step")
     again = steps[steps["attempt"].duplicated()]
     chosen = again if len(again) else steps
-    return Speed(_median(chosen["step_seconds"]), _median(chosen["tokens_per_second"]))
+    parts = {name: _median(chosen[f"{name}_seconds"]) for name in STEP_PARTS}
+    known = {name: seconds for name, seconds in parts.items() if seconds is not None}
+    return Speed(_median(chosen["step_seconds"]), _median(chosen["tokens_per_second"]), known)
 
 
 def _latest(metrics: pd.DataFrame, event: str) -> pd.DataFrame:

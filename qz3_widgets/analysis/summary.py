@@ -63,6 +63,7 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         **_losses(loss),
         "tokens_per_second": pace.tokens_per_second,
         "step_seconds": pace.step_seconds,
+        "step_parts": dict(pace.parts),
         "times": times(status, trace, table),
         "expected_against_measured": None,
         "computed_settings": proof.computed_settings,

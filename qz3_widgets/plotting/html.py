@@ -20,6 +20,7 @@ from .loss import plot_loss
 from .memory import plot_memory
 from .peaks import plot_peaks
 from .source import MemorySource
+from .time import plot_time
 from .view import FigureView
 
 _LOG_LINES = 40
@@ -48,6 +49,7 @@ def run_cards(run: Run, summary: Mapping[str, Any], source: MemorySource, index:
             card("Memory per rank", plot_memory(source, index=index).svg(), aside=_measured(summary)),
             card("Peaks", plot_peaks(source, index=index).svg() + peaks_table(source), aside="each rank, by phase"),
             card("Loss", plot_loss(run, index=index).svg()),
+            _time(summary, [run], index),
             configuration(summary),
             provenance(run, summary),
         )
@@ -65,6 +67,7 @@ def comparison_cards(comparison: Comparison, runs: Sequence[Run], sources: Seque
             f'<section class="qz3-card">{metrics_table(comparison)}</section>',
             card("Loss", plot_loss(runs).svg(), aside="by step"),
             card("Loss", plot_loss(runs, "tokens").svg(), aside="by tokens") if _other_batches(comparison) else "",
+            _time(comparison.summaries[runs[0].run_id], runs),
             card("Memory, each rank", memory.svg(), aside="aligned by phase, not by the clock"),
         )
     )
@@ -239,6 +242,13 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"{config['data']['max_length']} tokens × {batch}",
     )
     return ", ".join(parts)
+
+
+def _time(summary: Mapping[str, Any], runs: Sequence[Run], index: int = 0) -> str:
+    """Where a step's seconds go; nothing for runs that were recorded without."""
+    if not summary["step_parts"]:
+        return ""
+    return card("Time of a step", plot_time(runs, index=index).svg(), aside="median, rank 0")
 
 
 def _log(run: Run, summary: Mapping[str, Any]) -> str:

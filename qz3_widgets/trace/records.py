@@ -94,6 +94,10 @@ class MetricsRecord(TypedDict, total=False):
     grad_norm: float
     num_tokens: int  # seen by all ranks since the start
     step_seconds: float
+    data_seconds: float  # fetching, before the step begins: not within step_seconds
+    forward_seconds: float  # these on rank 0, over all micro-batches
+    backward_seconds: float  # recomputation of activations included
+    optimizer_seconds: float
     tokens_per_second: float  # all ranks together, this step
     eval_loss: float
     eval_seconds: float

@@ -22,7 +22,7 @@ def prepare_cpu_operators(*, announce: bool) -> float:
     Source: ``deepspeed/comm/torch.py`` (``build_shm_op``) loads the same operator when the backend starts.
     """
     # torch puts this folder into its linker command as it is: a space in the environment's path would end the word.
-    if " " in cpp_extension.TORCH_LIB_PATH:
+    if Path(cpp_extension.TORCH_LIB_PATH).exists():  # quoted, it names nothing: once is enough
         cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     builder = _builder()
     if builder is None:

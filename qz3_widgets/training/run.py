@@ -26,8 +26,9 @@ from .recorder import MemoryRecorder
 from .rehearsal import WithoutArithmetic, computes, connect_alone, random_examples
 from .session import RankIdentity
 from .sharding.embeddings import EmbeddingsCallback
+from .step_clock import StepClock
 from .tokenizers import make_tokenizer
-from .trainer import RecordedTrainer, RecordingCallback, make_callbacks
+from .trainer import EngineCallback, RecordedTrainer, RecordingCallback, make_callbacks
 from .zero_settings import apply_settings, computed_settings
 
 
@@ -88,6 +89,7 @@ class Work:
         trainer.around_step = arithmetic
         if config.zero.zero_stage == 3 and config.zero.release_gathered:
             trainer.add_callback(EmbeddingsCallback())
+        trainer.add_callback(EngineCallback(trainer))
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
         self._settle(peft_model, args, probe)
         recorder.enter("engine")
@@ -135,9 +137,11 @@ class Work:
         self, model: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, train: Any, held_out: Any
     ) -> RecordedTrainer:
         evaluates = held_out is not None and self.config.training.eval_steps is not None
+        clock = StepClock(self.device)
         recording = RecordingCallback(
             self.recorder,
             self.metrics,
+            clock,
             logging_steps=self.config.training.logging_steps,
             rehearsal=self.identity.rehearsal,
         )
@@ -150,7 +154,7 @@ class Work:
             callbacks=[recording, *make_callbacks(self.config, evaluates=evaluates)],
         )
         models.cast_adapter(self.config, model)
-        trainer.recorder = self.recorder
+        trainer.recorder, trainer.clock = self.recorder, clock
         trainer.remove_callback(PrinterCallback)  # our own callback prints, by logging_steps
         if len(trainer.train_dataset) == 0:
             raise ValueError(

@@ -20,18 +20,21 @@ from trl import SFTTrainer
 from ..config.schema import RunConfig
 from ..trace.records import MetricsRecord, TraceWriter
 from .recorder import MemoryRecorder
+from .step_clock import StepClock
 
 
 class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
     """``SFTTrainer`` that tells the recorder where it is; the arithmetic is TRL's."""
 
     recorder: MemoryRecorder
+    clock: StepClock
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch."""
         with self.around_step():
             loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.clock.lap("backward")
         self.recorder.mark("backward_end")
         return loss
 
@@ -39,8 +42,14 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
         """Forward."""
         loss = super().compute_loss(*args, **kwargs)
         if self.model.training:
+            self.clock.lap("forward")
             self.recorder.mark("forward_end")
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step."""
+        with self.clock.fetching():
+            return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation, as a phase of its own."""
@@ -61,9 +70,17 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     """Writes memory events on every rank, and metrics on rank 0."""
 
     def __init__(
-        self, recorder: MemoryRecorder, metrics: TraceWriter | None, *, logging_steps: int, rehearsal: bool = False
+        self,
+        recorder: MemoryRecorder,
+        metrics: TraceWriter | None,
+        clock: StepClock,
+        *,
+        logging_steps: int,
+        rehearsal: bool = False,
     ) -> None:
         """``metrics`` is ``None`` on ranks other than 0; every ``logging_steps`` a line is printed."""
+        self._clock = clock
+        self._parts: dict[str, float] = {}
         self._rehearsal = rehearsal
         self._recorder = recorder
         self._metrics = metrics
@@ -86,16 +103,18 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         """An optimizer step begins."""
         self._recorder.begin_step(state.global_step + 1)
         self._step_began = time.monotonic()
+        self._clock.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gradients are there, the optimizer comes."""
+        self._clock.lap("other")  # with DeepSpeed the optimizer's turn is over here
         self._recorder.mark("optimizer_begin")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An optimizer step is over."""
-        self._step_seconds = time.monotonic() - self._step_began
+        self._clock.lap("optimizer")
         self._recorder.mark("step_end")
 
     def on_log(
@@ -107,7 +126,13 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Metrics of a step or an evaluation."""
-        if self._metrics is None or logs is None:
+        if logs is None:
+            return
+        if "loss" in logs:
+            # Here and not at the step's end: to log the loss, the Trainer has waited for the GPU.
+            self._step_seconds = time.monotonic() - self._step_began
+            self._parts = self._clock.end_step()
+        if self._metrics is None:
             return
         common: MetricsRecord = {
             "kind": "metrics",
@@ -133,7 +158,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     def _write_step(self, common: MetricsRecord, logs: dict[str, float], state: TrainerState) -> None:
         if self._rehearsal:
             # Losses, gradients and counts went through collectives that do nothing: only the time is real.
-            self._append({**common, "event": "step", "step_seconds": self._step_seconds})
+            self._append({**common, "event": "step", "step_seconds": self._step_seconds, **self._told_parts()})
             print(f"step {state.global_step} of {state.max_steps}: {self._step_seconds:.2f} s without communication")
             return
         # TRL counts the tokens of all ranks since the attempt's start; the difference is this step's.
@@ -148,6 +173,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
             "learning_rate": float(logs.get("learning_rate", 0.0)),
             "num_tokens": int(num_tokens),
             "step_seconds": self._step_seconds,
+            **self._told_parts(),
             "tokens_per_second": tokens / self._step_seconds if self._step_seconds > 0 else 0.0,
         }
         if "grad_norm" in logs:
@@ -159,9 +185,29 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
                 f"{self._step_seconds:.2f} s, {record['tokens_per_second']:.0f} tokens/s"
             )
 
+    def _told_parts(self) -> MetricsRecord:
+        names = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+        return {name: round(self._parts[name], 6) for name in names if name in self._parts}  # type: ignore[return-value]
+
     def _append(self, record: MetricsRecord) -> None:
         if self._metrics is not None:
             self._metrics.append(record)
+
+
+class EngineCallback(TrainerCallback):  # type: ignore[misc]
+    """Has the clock see the engine's steps, once it stands."""
+
+    def __init__(self, trainer: RecordedTrainer) -> None:
+        """``trainer`` makes the engine when training begins."""
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The engine stands; without DeepSpeed the wrapped model is none."""
+        engine = self._trainer.model_wrapped
+        if self._trainer.is_deepspeed_enabled and hasattr(engine, "step"):
+            self._trainer.clock.watch(engine)
 
 
 class TimeLimit(TrainerCallback):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from qz3_widgets.plotting import FigureView, plot_loss, plot_memory, plot_memory_compare, plot_peaks
+from qz3_widgets.plotting import FigureView, plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_time
 from qz3_widgets.plotting.style import styled
 from qz3_widgets.runs.store import Run
 from tests.fake_runs import CPU_135M_SHORT, GPU_70B, GPU_70B_SHARDED, make_run
@@ -68,6 +69,7 @@ PLOTS: dict[str, Callable[..., Any]] = {
     "memory": plot_memory,
     "peaks": plot_peaks,
     "loss": plot_loss,
+    "time": plot_time,
     "tokens": lambda run, **kwargs: plot_loss(run, "tokens", **kwargs),
     "compare": lambda run, **kwargs: plot_memory_compare([run], **kwargs),
 }
@@ -225,6 +227,38 @@ def test_two_runs_that_agree(tmp_path: Path) -> None:
     assert "The two curves agree: largest difference 0.000" in texts(plot_loss(runs))
     differ = [runs[0], Run(make_run(tmp_path, run_id="third-20260917-121314", shape=CPU_135M_SHORT, loss=(5.5, 3)))]
     assert "agree" not in texts(plot_loss(differ))
+
+
+def with_parts(run: Run) -> Run:
+    """The run with the seconds of its steps' parts on record."""
+    lines = []
+    for line in run.layout.metrics.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("event") == "step":
+            parts = {"data": 0.02, "forward": 0.3, "backward": 0.5, "optimizer": 0.1}
+            record |= {f"{name}_seconds": share * record["step_seconds"] for name, share in parts.items()}
+        lines.append(json.dumps(record))
+    run.layout.metrics.write_text("\n".join(lines) + "\n")
+    return run
+
+
+def test_what_time_says(tmp_path: Path) -> None:
+    first, second = (with_parts(Run(make_run(tmp_path, run_id=name))) for name in ("first", "second"))
+    view = plot_time([first, second])
+    assert "first" in texts(view)
+    assert "second" in texts(view)
+    check_readable(view.figure)
+    assert list(view.data["run"]) == ["first", "second"]
+    row = view.data.iloc[0]
+    assert row["forward"] == pytest.approx(0.3 * row["step_seconds"])
+    assert "backward" in view.alt
+    assert "optimizer " in texts(view)
+
+
+def test_time_without_parts_says_so(scenes: dict[str, Run]) -> None:
+    view = plot_time(scenes["demo"])
+    assert "recorded without its parts" in view.alt
+    assert len(view.data) == 0
 
 
 def test_only_some_ranks(scenes: dict[str, Run]) -> None:

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
+from qz3_widgets.training import operators
 from qz3_widgets.training.operators import alone
 from tests.conftest import REPOSITORY
 
@@ -54,3 +56,14 @@ def test_a_lock_in_a_folder_of_the_users_own_is_left_alone(
     (folder / "lock").touch()
     with alone(folder):
         assert (folder / "lock").exists()
+
+
+def test_a_path_with_a_space_is_quoted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Again and again in one process, it would double with each call."""
+    folder = tmp_path / "a b" / "lib"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(folder))
+    monkeypatch.setattr(operators, "_builder", lambda: None)
+    for _ in range(3):
+        operators.prepare_cpu_operators(announce=False)
+    assert cpp_extension.TORCH_LIB_PATH == f"'{folder}'"
