@@ -66,4 +66,4 @@ def test_a_path_with_a_space_is_quoted_once(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(operators, "_builder", lambda: None)
     for _ in range(3):
         operators.prepare_cpu_operators(announce=False)
-    assert cpp_extension.TORCH_LIB_PATH == f"'{folder}'"
+    assert f"'{folder}'" == cpp_extension.TORCH_LIB_PATH
