@@ -108,8 +108,8 @@ def run_peer(checkpoint: Path, lines: Path, size: str, steps: int) -> dict[str, 
     result = Path(tempfile.mkdtemp()) / "peer.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-        str(Path(__file__).resolve()), "--checkpoint", str(checkpoint), "--texts", str(lines), "--size", size, "--steps", str(steps),
-        "--result", str(result),
+        str(Path(__file__).resolve()), "--checkpoint", str(checkpoint), "--texts", str(lines),
+        "--size", size, "--steps", str(steps), "--result", str(result),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "8"})
     if not result.exists():
