@@ -125,11 +125,11 @@ class Work:
             return  # accelerate has connected the ranks when it made the TrainingArguments' device
         import deepspeed
 
-        if self.identity.rehearsal:
-            connect_alone(self.identity)
-        elif self.device == "cpu":
+        if self.device == "cpu":
             with self.recorder.doing("operator_build" if are_missing() else "operator_load"):
                 prepare_cpu_operators(announce=self.metrics is not None)
+        if self.identity.rehearsal:
+            connect_alone(self.identity)
         backend = "gloo" if self.device == "cuda" and self.config.launch.ranks_per_gpu > 1 else None
         deepspeed.init_distributed(dist_backend=backend, timeout=collective_timeout(self.config), verbose=False)
 

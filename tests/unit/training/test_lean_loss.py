@@ -26,7 +26,7 @@ def gradients(model: Any, **options: Any) -> tuple[float, dict[str, torch.Tensor
     labels[0, :9] = -100  # a prompt that does not count
     loss = model(input_ids=tokens, labels=labels, use_cache=False, **options).loss
     loss.backward()
-    return float(loss), {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return loss.item(), {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
 # In fp32 sums differ in their last digits; in bf16 the plain loss rounds every logit, so it is the coarser one.
