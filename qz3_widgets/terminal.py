@@ -208,6 +208,9 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         "time": f"{format_duration(summary['times']['total_seconds'])}, first step after "
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
+    if summary["times"]["startup_seconds"]:
+        parts = summary["times"]["startup_seconds"].items()
+        lines["start"] = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
     if summary["computed_settings"]:
         lines["computed"] = _computed(summary["computed_settings"])
     for name, value in lines.items():

@@ -17,6 +17,7 @@ from .loss import LossSummary, speed, summarize_loss
 from .memory import fullest, imbalance, peaks
 from .names import config_of
 from .proof import prove
+from .startup import startup_parts
 
 _PHASE_BYTES = ("settled_bytes", "peak_bytes", "reserved_peak_bytes", "device_peak_bytes", "host_peak_bytes")
 
@@ -103,6 +104,7 @@ def times(status: Status, trace: MemoryTrace, table: pd.DataFrame) -> dict[str, 
         "launch_to_first_step_seconds": first_step,
         "total_seconds": total,
         "phase_seconds": seconds,
+        "startup_seconds": startup_parts(last, launched=started, origin=origin),
     }
 
 
