@@ -93,6 +93,13 @@ def threads(context: Context) -> Iterator[Issue]:
         )
 
 
+def activation_offload(context: Context) -> Iterator[Issue]:
+    """On a CPU all activations are in host memory."""
+    path = "training.activation_offload"
+    if context.config.training.activation_offload and context.device == "cpu":
+        yield Issue("activation-offload-on-cpu", "warning", path, "has no effect: the run is on the CPU", {path: False})
+
+
 def flash_attention(context: Context) -> Iterator[Issue]:
     """Flash attention needs its package, a recent GPU and a 16-bit type."""
     path, name = "model.attn_implementation", context.config.model.attn_implementation
@@ -241,6 +248,7 @@ RULES = (
     no_gpu,
     ranks_and_gpus,
     threads,
+    activation_offload,
     flash_attention,
     precision_on_device,
     optimizer_on_cpu,

@@ -94,6 +94,13 @@ def test_flash_attention(
     assert found(wide, gpus)["flash-attention-dtype"].severity == "error"
 
 
+def test_offloaded_activations(make_config: MakeConfig, gpus: Capabilities, cpu: Capabilities) -> None:
+    config = make_config(training__activation_offload=True)
+    assert found(config, gpus) == {}
+    issue = found(config, cpu)["activation-offload-on-cpu"]
+    assert (issue.severity, issue.fix) == ("warning", {"training.activation_offload": False})
+
+
 def test_types_that_the_device_lacks(make_config: MakeConfig, gpus: Capabilities, cpu: Capabilities) -> None:
     half = make_config(
         training__precision="fp16",
