@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 import signal
 from dataclasses import dataclass
 
@@ -13,8 +11,6 @@ from ..runs.ranks import Death, RankTrace
 from ..runs.secrets import redact
 from ..runs.status import WITHOUT_A_WORD, Status, utc_now, utc_text
 from .watch import LauncherLog, signal_name
-
-_NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ def judge(status: Status, end: AttemptEnd, log: LauncherLog) -> Status:
     """``status`` with the end in it: state, exit code, who failed first, and why."""
     judged = _judge(status, end, log)
     error = judged.error or WITHOUT_A_WORD
-    if judged.state != "failed" or not end.disk_was_full or _NO_SPACE in error:
+    if judged.state != "failed" or not end.disk_was_full:
         return judged
     # On a full disk the ranks can't say why they end, so "without a word" means nothing.
     return dataclasses.replace(judged, error=DISK_FULL if error == WITHOUT_A_WORD else f"{DISK_FULL} ({error})")

@@ -25,6 +25,8 @@ from .real_runs import WARMUP, Runs, end, in_step, losses, processes_of, wait_fo
 def qz3_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the command and does not wait for it."""
     started: list[subprocess.Popen[str]] = []
+    # Whoever runs the tests in the background of a script has a shell that has them ignore it, and so their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*arguments: str | Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -39,6 +41,7 @@ def qz3_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         return process
 
     yield run
+    signal.signal(signal.SIGINT, before)
     for process in started:
         process.kill()
         process.communicate()

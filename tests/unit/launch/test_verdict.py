@@ -78,9 +78,15 @@ def test_a_full_disk_is_the_reason_of_silence(tmp_path: Path, exit_code: int) ->
     assert status.error.startswith(DISK_FULL)
 
 
-def test_a_rank_that_names_the_full_disk_is_believed(tmp_path: Path) -> None:
+def test_a_rank_that_names_the_full_disk_is_told_which(tmp_path: Path) -> None:
     error = "OSError: [Errno 28] No space left on device"
     end = _end(Death(1, 2.0, error), _trace(0, None), _trace(1, "failed", error), disk_was_full=True)
+    assert judge(RUNNING, end, _log(tmp_path, "")).error == f"{DISK_FULL} ({error})"
+
+
+def test_a_full_disk_elsewhere_is_not_the_runs(tmp_path: Path) -> None:
+    error = "OSError: [Errno 28] No space left on device"
+    end = _end(Death(1, 2.0, error), _trace(0, None), _trace(1, "failed", error))
     assert judge(RUNNING, end, _log(tmp_path, "")).error == error
 
 
