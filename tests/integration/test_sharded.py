@@ -38,10 +38,7 @@ def sharded(runs: Runs) -> Run:
 @pytest.fixture(scope="module")
 def stock(runs: Runs) -> Run:
     """As released: the libraries' own load, layers and statistics."""
-    changes = {
-        "model__load_strategy": "stock", "zero__release_gathered": False, "zero__shard_statistics": False,
-        "zero__leaf_modules": "none",
-    }  # fmt: skip
+    changes = {"model__load_strategy": "stock", "zero__release_gathered": False, "zero__shard_statistics": False}
     return runs.finished("ten-stock", **changes, **ZERO3)
 
 
