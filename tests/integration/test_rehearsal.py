@@ -128,11 +128,9 @@ def test_memory_is_the_same_without_arithmetic(tmp_path: Path) -> None:
         }
         | FP32,
     )
-    found = []
-    for arithmetic in (True, False):
-        plan = make_rehearsal(config, 4, rank=1, steps=2, num_layers=1, arithmetic=arithmetic)
-        found.append(peaks(succeed(start(plan, runs_dir=tmp_path)).memory()).set_index("phase"))
-    computed, allocated = found
+    plans = [make_rehearsal(config, 4, rank=1, steps=2, num_layers=1, arithmetic=given) for given in (True, False)]
+    both = [start(plan, runs_dir=tmp_path) for plan in plans]
+    computed, allocated = (peaks(succeed(run).memory()).set_index("phase") for run in both)
     for phase in ("load", "ready", "step"):
         for name in ("settled_bytes", "peak_bytes"):
             # Kernels take temporary memory that nobody sees but the allocator.

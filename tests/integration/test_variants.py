@@ -52,8 +52,8 @@ def test_without_deepspeed_from_the_command(runs: Runs, measure: dict[int, float
     lines = done.stderr.splitlines()
     assert f"run {run.run_id} in" in done.stderr
     assert any(line.startswith("starting the ranks") for line in lines)
-    assert any(line.startswith("training: step ") for line in lines)
-    assert lines[-1].startswith("succeeded")
+    # Four steps of a tiny model may be over between two looks; the last line tells of them all the same.
+    assert lines[-1].startswith("succeeded: step 4 of 4, loss ")
     assert not any(line != line.strip() or "\x1b" in line or "\r" in line for line in lines), lines
 
 

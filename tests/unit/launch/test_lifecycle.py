@@ -17,6 +17,7 @@ import pytest
 
 from qz3_widgets.launch import process as launch
 from qz3_widgets.plan.plan import Plan
+from qz3_widgets.runs.files import size_of
 from qz3_widgets.runs.layout import RunLayout
 from qz3_widgets.runs.ranks import read_ranks
 from qz3_widgets.runs.status import Status, read_status, resolve
@@ -71,7 +72,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(plan: Plan, runs_dir: Path, beh
     behave({"0": others, "1": "steps:1000"})
     run = launch.start(plan, runs_dir=runs_dir)
     victim = _rank(run, 1)
-    wait_for(lambda: all(run.layout.memory_trace(rank).stat().st_size > 900 for rank in (0, 1)))
+    wait_for(lambda: all(size_of(run.layout.memory_trace(rank)) > 900 for rank in (0, 1)))
     killed = time.time()
     victim.kill()
     status = _end_of(run, 28.0)
