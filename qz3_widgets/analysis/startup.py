@@ -25,9 +25,9 @@ def startup_parts(last: pd.DataFrame, *, launched: float | None, origin: float |
         found["launcher"] = origin - launched
     begun: dict[str, float] = {"imports": 0.0}
     first_step = float("inf")
-    for phase, event, step, time in zip(own["phase"], own["event"], own["step"], own["time_seconds"], strict=True):
+    for phase, event, time in zip(own["phase"], own["event"], own["time_seconds"], strict=True):
         name = _NAMES.get(str(phase))
-        if event == "step_begin" and step == own["step"][own["event"] == "step_begin"].min():
+        if event == "step_begin":
             begun["first step"] = first_step = time
         elif event == "step_end" and "first step" in begun:
             found["first step"] = time - begun.pop("first step")

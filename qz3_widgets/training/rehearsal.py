@@ -87,8 +87,10 @@ def _is_skipped(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     schema = func._schema
     if any(each.alias_info is not None and not each.alias_info.is_write for each in schema.arguments):
         return False  # a view
-    if schema.is_mutable and "out" not in kwargs and not (args and isinstance(args[0], torch.Tensor)):
-        return False
+    if schema.is_mutable and "out" not in kwargs:
+        written = schema.arguments[0].alias_info
+        if written is None or not args or not _is_tensor(args[0]):
+            return False  # it writes somewhere else, or several
     tensors = [each for each in tree_leaves((args, kwargs)) if _is_tensor(each)]
     floating = [each.numel() for each in tensors if each.is_floating_point()]
     return max(floating, default=0) >= _LARGE and not any(each.is_meta for each in tensors)
@@ -99,18 +101,18 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _beginning(tensor: Any, count: int) -> Any:
-    whole = isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and tensor.numel() > count
+    whole = _is_tensor(tensor) and tensor.is_contiguous() and tensor.numel() > count
     return tensor.view(-1)[:count] if whole else tensor
 
 
 def _meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def _allocated(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     return value
 

@@ -25,42 +25,37 @@ UNTOLD = (
 )  # fmt: skip
 
 
-def replay(events: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
-    """The most bytes on top of what was there at the beginning, and the allocations alive at that moment.
+class Replay:
+    """Allocations as they come and go, on top of what was there before the first event.
 
     As torch counts ``allocated``: a block is gone when its tensor is, though another stream may still be reading it.
     """
-    alive: dict[int, dict[str, Any]] = {}
-    now = peak = 0
-    at_peak: list[dict[str, Any]] = []
-    for event in events:
-        if event["action"] == "alloc":
-            alive[event["addr"]] = event
-            now += event["size"]
-        elif event["action"] == "free_requested":
-            alive.pop(event["addr"], None)
-            now -= event["size"]
-        if now > peak:
-            peak, at_peak = now, list(alive.values())
-    return peak, at_peak
+
+    def __init__(self) -> None:
+        self._alive: dict[int, dict[str, Any]] = {}
+        self._now = 0
+
+    def play(self, events: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+        """The most bytes during ``events``, and the allocations alive at that moment."""
+        peak, at_peak = -1, []
+        for event in events:
+            if event["action"] == "alloc":
+                self._alive[event["addr"]] = event
+                self._now += event["size"]
+            elif event["action"] == "free_requested":
+                self._alive.pop(event["addr"], None)
+                self._now -= event["size"]
+            if self._now > peak:
+                peak, at_peak = self._now, list(self._alive.values())
+        return peak, at_peak
 
 
 def timeline(events: list[dict[str, Any]], num_windows: int = 60) -> list[str]:
-    """The peak of each of so many equal parts of the events, with its three largest places."""
-    alive: dict[int, dict[str, Any]] = {}
-    now, lines = 0, []
+    """The peak of each of so many equal parts of the events, with its five largest places."""
+    replay, lines = Replay(), []
     size = -(-len(events) // num_windows)
     for first in range(0, len(events), size):
-        peak, at_peak = -1, []
-        for event in events[first : first + size]:
-            if event["action"] == "alloc":
-                alive[event["addr"]] = event
-                now += event["size"]
-            elif event["action"] == "free_requested":
-                alive.pop(event["addr"], None)
-                now -= event["size"]
-            if now > peak:
-                peak, at_peak = now, list(alive.values())
+        peak, at_peak = replay.play(events[first : first + size])
         sums: dict[str, int] = defaultdict(int)
         for event in at_peak:
             sums[place(event, frames=1)] += event["size"]
@@ -82,7 +77,7 @@ def place(event: dict[str, Any], frames: int = FRAMES_SHOWN) -> str:
 
 def table(events: list[dict[str, Any]]) -> str:
     """Bytes at the peak, by the code that allocated them."""
-    peak, at_peak = replay(events)
+    peak, at_peak = Replay().play(events)
     lines = [f"{peak / 2**30:8.3f} GiB on top at the peak"]
     places: dict[str, list[int]] = defaultdict(list)
     for event in at_peak:

@@ -168,9 +168,10 @@ def row_exact() -> dict[str, Any]:
         "model.name_or_path": "random:llama-3.2-1b@4", "launch.num_processes": 2, "launch.ranks_per_gpu": 2,
         "launch.device": "cuda", "data.max_length": 256, "training.max_steps": 10, "training.learning_rate": 1e-3,
     }  # fmt: skip
+    stock = {**common, **STOCK, "zero.leaf_modules": "auto"}  # other leaf modules round differently
     return {
-        "stock": start_run({**common, **STOCK, "name": "exact-stock"}),
-        "stock again": start_run({**common, **STOCK, "name": "exact-stock-again"}),
+        "stock": start_run({**stock, "name": "exact-stock"}),
+        "stock again": start_run({**stock, "name": "exact-stock-again"}),
         "sharded": start_run({**common, "name": "exact-sharded"}),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes.functional as functional
@@ -16,14 +16,7 @@ STORAGE = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 # Whole blocks; blocks cut by the parts; less than a block; no weights for the last ranks; many nested blocks.
 SHAPES = [(64, 64), (24, 56), (5, 8), (1, 8), (264, 128)]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are so small that threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Ranks:
