@@ -9,13 +9,13 @@ there are, so a few layers answer for all of them. The table leaves out what was
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 RECORDED_STEP = 2
 FRAMES_SHOWN = 5
@@ -127,25 +127,26 @@ def main() -> None:
     if options.run_dir is not None:
         train(options.run_dir)
         return
+    import torch
     import yaml
+    from sharding import launch_with
 
     from qz3_widgets.analysis.memory import peaks
     from qz3_widgets.config.changes import with_changes
     from qz3_widgets.config.presets import preset
-    from qz3_widgets.launch.directory import find_train_script, render_into
+    from qz3_widgets.launch.directory import render_into
     from qz3_widgets.plan.rehearsal import make_rehearsal
     from qz3_widgets.runs.store import Run
 
+    if not torch.cuda.is_available():
+        sys.exit("the history of allocations is the CUDA allocator's: this needs an NVIDIA GPU")
     changes = {"data.max_length": 1024, "training.per_device_train_batch_size": 1, "lora.r": 16}
     changes |= {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in options.set)}
     config = with_changes(preset(options.shape), changes)
     plan = make_rehearsal(config, options.world_size, steps=RECORDED_STEP, num_layers=options.layers)
     folder = Path(tempfile.mkdtemp()) / "run"
     layout = render_into(plan, folder)
-    script = folder / "launch.sh"
-    script.write_text(script.read_text().replace(str(find_train_script()), str(Path(__file__).resolve())))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    done = launch_with(Path(__file__), folder)
     if done.returncode:
         sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
     print((folder / "alive.txt").read_text())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -90,11 +89,11 @@ def main() -> None:
         train(options.run_dir)
         return
     import yaml
-    from sharding import SCRATCH, make_checkpoint, texts
+    from sharding import SCRATCH, launch_with, make_checkpoint, texts
 
     from qz3_widgets.config.changes import with_changes
     from qz3_widgets.config.schema import RunConfig
-    from qz3_widgets.launch.directory import find_train_script, render_into
+    from qz3_widgets.launch.directory import render_into
     from qz3_widgets.plan.plan import make_plan
 
     checkpoint = SCRATCH / options.shape
@@ -108,10 +107,7 @@ def main() -> None:
     changes |= {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in options.set)}
     folder = Path(tempfile.mkdtemp()) / "run"
     render_into(make_plan(with_changes(RunConfig(), changes)), folder)
-    script = folder / "launch.sh"
-    script.write_text(script.read_text().replace(str(find_train_script()), str(Path(__file__).resolve())))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    done = launch_with(Path(__file__), folder)
     if not (folder / "load.txt").exists():
         sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
     print((folder / "load.txt").read_text())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -112,6 +113,16 @@ def start_run(changes: dict[str, Any], timeout: float = 560.0) -> dict[str, Any]
     }  # fmt: skip
     plan = make_plan(with_changes(RunConfig(), {**base, **changes}))
     return follow(start(plan, runs_dir=SCRATCH / "runs"), timeout)
+
+
+def launch_with(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Launch the run that was rendered into ``folder``, its ranks executing ``script`` in place of the usual one."""
+    from qz3_widgets.launch.directory import find_train_script
+
+    launcher = folder / "launch.sh"
+    launcher.write_text(launcher.read_text().replace(str(find_train_script()), str(script.resolve())))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(["bash", str(launcher)], env=environment, capture_output=True, text=True)
 
 
 def rehearse(shape: str, world_size: int, changes: dict[str, Any], timeout: float = 560.0) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def train_peer(options: argparse.Namespace) -> None:
     seconds: list[float] = []
     losses: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             torch.cuda.synchronize()
             self.began = time.monotonic()
