@@ -226,6 +226,8 @@ def test_everything_killed_is_lost(plan: Plan, runs_dir: Path, behave: Behave) -
     run = launch.start(plan, runs_dir=runs_dir)
     _rank(run, 0)
     _rank(run, 1)
+    # The supervisor first, or it sees the others go and writes down how.
+    os.kill(read_status(run.layout).pid or 0, signal.SIGKILL)
     for process in processes_of(run.layout.root):
         process.kill()
     wait_for(lambda: not processes_of(run.layout.root))
