@@ -160,6 +160,12 @@ class ZeroSection(Section):
         "as DeepSpeed does; or class names, such as LlamaDecoderLayer.",
         rare=True,
     )
+    fused_gather: bool = _f(
+        True,
+        "Gather each leaf module's shards in one collective, the next one ahead. false: DeepSpeed's own hooks, weight by "
+        "weight in Python. Needs release_gathered.",
+        rare=True,
+    )
 
     # One validator for each field, and none for the section: so every contradiction is reported, not only the first,
     # and at its own field. `info.data` holds the fields above that are valid.

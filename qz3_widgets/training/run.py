@@ -28,7 +28,7 @@ from .session import RankIdentity
 from .sharding.embeddings import EmbeddingsCallback
 from .step_clock import StepClock
 from .tokenizers import make_tokenizer
-from .trainer import EngineCallback, RecordedTrainer, RecordingCallback, make_callbacks
+from .trainer import EngineCallback, LayerGatherCallback, RecordedTrainer, RecordingCallback, make_callbacks
 from .zero_settings import apply_settings, computed_settings
 
 
@@ -89,6 +89,8 @@ class Work:
         trainer.around_step = arithmetic
         if config.zero.zero_stage == 3 and config.zero.release_gathered:
             trainer.add_callback(EmbeddingsCallback())
+            if config.zero.fused_gather:
+                trainer.add_callback(LayerGatherCallback(trainer, config, self._say))
         trainer.add_callback(EngineCallback(trainer))
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
         self._settle(peft_model, args, probe)

@@ -19,7 +19,9 @@ from trl import SFTTrainer
 
 from ..config.schema import RunConfig
 from ..trace.records import MetricsRecord, TraceWriter
+from ..units import format_bytes
 from .recorder import MemoryRecorder
+from .sharding.layers import LayerGather, gather_layers
 from .step_clock import StepClock
 
 
@@ -28,6 +30,7 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
 
     recorder: MemoryRecorder
     clock: StepClock
+    layer_gather: LayerGather | None = None
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -208,6 +211,24 @@ class EngineCallback(TrainerCallback):  # type: ignore[misc]
         engine = self._trainer.model_wrapped
         if self._trainer.is_deepspeed_enabled and hasattr(engine, "step"):
             self._trainer.clock.watch(engine)
+
+
+class LayerGatherCallback(TrainerCallback):  # type: ignore[misc]
+    """Takes the decoder layers out of DeepSpeed's keeping as soon as the engine stands."""
+
+    def __init__(self, trainer: RecordedTrainer, config: RunConfig, say: Callable[[str], None]) -> None:
+        """``trainer`` makes the engine when training begins; ``say`` prints on one rank."""
+        self._trainer, self._zero, self._say = trainer, config.zero, say
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The engine stands; there was no forward yet."""
+        prefetch = self._zero.overlap_comm and self._zero.stage3_prefetch_bucket_size != 0
+        gather = gather_layers(kwargs["model"], self._trainer.model_wrapped, device=args.device, prefetch=prefetch)
+        if gather is not None:
+            self._trainer.layer_gather = gather
+            self._say(f"{len(gather.layers)} layers are gathered whole, {format_bytes(gather.largest_bytes)} each")
 
 
 class TimeLimit(TrainerCallback):  # type: ignore[misc]

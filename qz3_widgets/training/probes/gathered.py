@@ -1,15 +1,17 @@
 """Which gathered 4-bit weights are alive during a step, against those that DeepSpeed has not released.
 
 DeepSpeed's bookkeeping says "released" when it has let go of its own reference; autograd may keep the storage all the
-same. So every storage that DeepSpeed gathers into is watched by a weak reference, from the place through which all of
-them come: the coordinator's ``fetch_sub_module``, in forward, recomputation and backward, with leaf modules or without.
+same. So every storage that is gathered into is watched by a weak reference, from the places through which all of them
+come: our own gathering of layers, and the coordinator's ``fetch_sub_module`` for what DeepSpeed gathers; in forward,
+recomputation and backward.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from deepspeed.utils import z3_leaf_module
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..sharding.layers import GatheredLayer, LayerGather
 from .census import Weight
 
 
@@ -27,12 +30,13 @@ class GatheredWatch:
         """``weights`` are the base model's; nothing is watched before :meth:`start`."""
         offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
         self._coordinator: Any = None if offload is None else offload.get_param_coordinator()
+        self._layers: LayerGather | None = getattr(offload, "layer_gather", None)
         watched = [weight for weight in weights if weight.state is not None or weight.is_statistics]
         self._names = {id(weight.parameter): weight.name for weight in watched if weight.is_partitioned}
         self.whole_bytes = sum(weight.whole_bytes for weight in watched)
         self.seconds = 0.0
         self._units: dict[int, list[Any]] = {}
-        self._alive: dict[int, tuple[Any, int, Any, int]] = {}
+        self._alive: dict[int, tuple[Any, int, Callable[[], int], int]] = {}
         self._lock = threading.Lock()  # autograd may fetch from several threads
         self._peaks: list[dict[str, Any]] = []
         self._leaked_bytes = 0
@@ -58,11 +62,15 @@ class GatheredWatch:
             self._note(submodule, forward)
 
         self._coordinator.fetch_sub_module = watched_fetch
+        if self._layers is not None:
+            self._layers.watchers.append(self._note_layer)
 
     def stop(self) -> None:
         """End; what was found stays."""
         if self._coordinator is not None:
             self._coordinator.__dict__.pop("fetch_sub_module", None)
+        if self._layers is not None and self._note_layer in self._layers.watchers:
+            self._layers.watchers.remove(self._note_layer)
         self._alive.clear()
 
     def report(self) -> dict[str, Any]:
@@ -76,45 +84,66 @@ class GatheredWatch:
         }
 
     def _note(self, submodule: nn.Module, forward: bool) -> None:
+        """DeepSpeed has gathered the parameters of ``submodule``."""
         begin = time.perf_counter()
         with self._lock:
             unit = self._units.get(id(submodule))
             if unit is None:
                 inside = submodule.parameters(recurse=z3_leaf_module(submodule))
                 unit = self._units[id(submodule)] = [each for each in inside if id(each) in self._names]
-                size = sum(int(each.ds_numel) * each.element_size() for each in unit)
-                self._largest_unit_bytes = max(self._largest_unit_bytes, size)
             if unit:
-                self._num_fetches += 1
+                size = sum(int(each.ds_numel) * each.element_size() for each in unit)
                 for parameter in unit:
-                    self._watch(parameter)
-                alive, needed = self._count()
-                self._leaked_bytes = max(self._leaked_bytes, alive - needed)
-                if alive > self._peaks[-1]["alive_bytes"]:
-                    # Inside a backward pass a forward is a recomputation.
-                    recomputing = forward and torch._C._current_graph_task_id() != -1
-                    when = "recomputation" if recomputing else "forward" if forward else "backward"
-                    where = self._names[id(unit[0])].rpartition(".")[0]
-                    self._peaks[-1] = {"alive_bytes": alive, "needed_bytes": needed, "when": when, "where": where}
+                    self._watch(parameter.untyped_storage(), lambda parameter=parameter: parameter.data_ptr())
+                self._compare(size, self._names[id(unit[0])].rpartition(".")[0], forward)
             self.seconds += time.perf_counter() - begin
 
-    def _watch(self, parameter: Any) -> None:
-        storage = parameter.untyped_storage()
+    def _note_layer(self, layer: GatheredLayer, forward: bool) -> None:
+        """Our own gathering has ``layer`` whole, and perhaps the next one under way."""
+        begin = time.perf_counter()
+        with self._lock:
+            inside = [each for each in layer.frozen if id(each) in self._names]
+            if inside and layer.whole_bytes and self._layers is not None:
+                for each in self._layers.layers:
+                    if each.whole is not None:
+                        self._watch(each.whole.untyped_storage(), lambda each=each: _address(each.whole))
+                # The common beginning of the names of its weights is the layer's.
+                where = os.path.commonprefix([self._names[id(each)] for each in inside]).rpartition(".")[0]
+                self._compare(layer.whole_bytes, where, forward)
+            self.seconds += time.perf_counter() - begin
+
+    def _compare(self, unit_bytes: int, where: str, forward: bool) -> None:
+        self._num_fetches += 1
+        self._largest_unit_bytes = max(self._largest_unit_bytes, unit_bytes)
+        alive, needed = self._count()
+        self._leaked_bytes = max(self._leaked_bytes, alive - needed)
+        if alive > self._peaks[-1]["alive_bytes"]:
+            # Inside a backward pass a forward is a recomputation.
+            recomputing = forward and torch._C._current_graph_task_id() != -1
+            when = "recomputation" if recomputing else "forward" if forward else "backward"
+            self._peaks[-1] = {"alive_bytes": alive, "needed_bytes": needed, "when": when, "where": where}
+
+    def _watch(self, storage: Any, address: Callable[[], int]) -> None:
+        """Watch ``storage``, which is needed as long as ``address()`` says that it holds what was gathered."""
         # While its weak reference is kept, a storage's record is given to no other.
         if storage._cdata not in self._alive and (size := storage.nbytes()):
-            self._alive[storage._cdata] = (StorageWeakRef(storage), size, parameter, parameter.data_ptr())
+            self._alive[storage._cdata] = (StorageWeakRef(storage), size, address, address())
 
     def _count(self) -> tuple[int, int]:
-        """Bytes alive, and among them those that DeepSpeed still holds for a parameter."""
+        """Bytes alive, and among them those that are still held for a parameter."""
         alive = needed = 0
         gone = []
-        for record, (reference, size, parameter, address) in self._alive.items():
+        for record, (reference, size, address, was) in self._alive.items():
             if reference.expired():
                 gone.append(record)
                 continue
             alive += size
-            if parameter.data_ptr() == address:
+            if address() == was:
                 needed += size
         for record in gone:
             del self._alive[record]
         return alive, needed
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

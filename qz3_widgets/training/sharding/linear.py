@@ -9,6 +9,7 @@ forward and before its backward, and the weight is read from the module whenever
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -33,6 +34,8 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     compute_type_is_set: bool
     num_statistics: int
     statistics_dtype: torch.dtype
+    read_packed: Callable[[], torch.Tensor] | None = None
+    read_statistics: Callable[[], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As ``Linear4bit.forward``, but for what autograd keeps."""
@@ -54,19 +57,32 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         Raises:
             RuntimeError: the weight is not gathered.
         """
-        state = self.weight.quant_state
-        if self.weight.data.numel() == 0:
+        weight = cast("Any", self._parameters["weight"])
+        packed = weight.data if self.read_packed is None else self.read_packed()
+        if packed.numel() == 0:
             raise RuntimeError(
                 "a 4-bit weight was used while it was partitioned: the layer ran outside the DeepSpeed engine, or its "
                 "module was called past its hooks"
             )
+        state = weight.quant_state
         if state.absmax is None:
             state = copy.copy(state)
             state.absmax = self._statistics()
-        return self.weight.data, state
+        return packed, state
+
+    def read_from(self, name: str, view: Any) -> None:
+        """Read the parameter ``name``, the weight or its statistics, from ``view`` (:class:`.flat.View`) from now on."""
+        read = view.read
+        if view.is_fixed:
+            fixed = view.read()
+            read = lambda: fixed  # noqa: E731
+        if name == STATISTICS:
+            self.read_statistics = read
+        else:
+            self.read_packed = read
 
     def _statistics(self) -> torch.Tensor:
-        stored = getattr(self, STATISTICS).data
+        stored = getattr(self, STATISTICS).data if self.read_statistics is None else self.read_statistics()
         if stored.numel() == 0:
             raise RuntimeError("the statistics of a 4-bit weight were used while they were partitioned")
         num_bytes = self.num_statistics * self.statistics_dtype.itemsize
