@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import psutil
+import pytest
 
 from qz3_widgets.config.changes import with_changes
 from qz3_widgets.config.schema import RunConfig
+from qz3_widgets.launch.directory import render_into
 from qz3_widgets.launch.process import start
 from qz3_widgets.plan.plan import make_plan
+from qz3_widgets.runs.layout import RunLayout
 from qz3_widgets.runs.store import Run
 
 RUN_SECONDS = 150.0
 """Ten on an idle machine, and the first one on a machine builds DeepSpeed's operator, which takes a minute."""
+
+TRAIN_MANY = Path(__file__).with_name("train_many.py")
 
 WARMUP = {"training__lr_scheduler_type": "constant_with_warmup", "training__warmup_steps": 8}
 """A learning rate that depends on the step, and not on how many there will be."""
@@ -84,10 +92,6 @@ class Runs:
         }
         return with_changes(RunConfig(), fields)
 
-    def measure(self) -> Run:
-        """Ten steps, never broken off: what other ways of the same training are held against."""
-        return self.finished("measure", training__max_steps=10, **WARMUP)
-
     def start(self, *, runs_dir: Path | None = None, **changes: Any) -> Run:
         """Start a run and return at once."""
         plan = make_plan(self.config(**changes))
@@ -101,6 +105,46 @@ class Runs:
             succeed(run)
             self._finished[key] = run
         return self._finished[key]
+
+    def together(self, configs: Mapping[str, Mapping[str, Any]], *, changes: Mapping[str, str] | None = None) -> None:
+        """Train the runs called by the keys of ``configs`` in one launch, for :meth:`finished` to find.
+
+        A run of a tiny model spends most of its time on imports. All are in the same two ranks, one after the other,
+        each with the training code and the run directory of a run of its own. They must use DeepSpeed.
+
+        Args:
+            configs: the fields of each run.
+            changes: to a key, Python code that the ranks execute before this run; what it changes through ``patch``
+                (pytest's ``monkeypatch``) ends with the run.
+        """
+        folders = {}
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr("qz3_widgets.launch.directory.find_train_script", lambda: TRAIN_MANY)
+            for key, fields in configs.items():
+                plan = make_plan(self.config(name=key, **fields))
+                plan.raise_if_blocked()
+                assert plan.deepspeed, key
+                assert plan.local_ranks == 2, key
+                folders[key] = render_into(plan, self.runs_dir / key).root
+        work = [(str(folder), dedent((changes or {}).get(key, ""))) for key, folder in folders.items()]
+        first, *_ = layouts = [RunLayout(folder) for folder in folders.values()]
+        done = subprocess.run(
+            ["bash", str(first.launch_sh)],
+            env={**os.environ, "QZ3_TEST_RUNS": json.dumps(work)},
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS + 10.0 * len(work),
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+        wait_for(lambda: not processes_of(self.runs_dir / first.run_id), 5.0)
+        for rank in range(2):
+            logs = re.split(r"^== .*\n", first.rank_log(rank).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            for layout, log in zip(layouts, logs[1:], strict=True):
+                layout.rank_log(rank).write_text(log, encoding="utf-8")
+        for key, layout in zip(folders, layouts, strict=True):
+            run = Run(layout.root)
+            assert run.state == "succeeded", key
+            self._finished[key] = run
 
 
 def wait_for(condition: Callable[[], object], seconds: float = RUN_SECONDS, *, run: Run | None = None) -> None:

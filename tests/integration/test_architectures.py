@@ -1,8 +1,5 @@
 """Architectures on two ranks: each loads sharded, trains, saves, and its adapter reloads; and, where a checkpoint has
 to be converted, the sharded load ends with the bytes of the stock one.
-
-A run spends most of its time on imports. So one launch trains them all, one after the other, each with the training
-code and the run directory of a run of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qz3_widgets.analysis.proof import prove
-from qz3_widgets.launch.directory import render_into
-from qz3_widgets.plan.plan import make_plan
 from qz3_widgets.runs.store import Run
 from qz3_widgets.training.tokenizers import byte_tokenizer
 
-from .real_runs import Runs, losses, processes_of
-
-ALL_SECONDS = 400.0
-"""Sixty on idle cores."""
+from .real_runs import Runs, losses
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,46 +52,6 @@ MOE = ("mixtral", "qwen3-moe")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CHECKPOINTS = ("llama", "llama-tied", "gpt2", "mixtral", "qwen3-moe", "prequantized")
 
-SCRIPT = """
-import argparse
-import gc
-from pathlib import Path
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--run-dir", type=Path, required=True)
-run_dir = parser.parse_args().run_dir
-
-from qz3_widgets.runs.layout import RunLayout
-from qz3_widgets.training import main as ranks
-from qz3_widgets.training.session import RankIdentity, RankSession
-
-layout, identity = RunLayout(run_dir), RankIdentity.from_environment()
-folders = sorted(path for path in run_dir.parent.iterdir() if path.is_dir())
-with RankSession(layout, identity) as session:
-    ranks._keep_operators_by_environment()
-    import torch
-    from accelerate.state import AcceleratorState
-    from qz3_widgets.training.sharding.sources import FileTensor
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    end = torch.distributed.destroy_process_group
-    for folder in folders:
-        if folder != folders[-1]:
-            torch.distributed.destroy_process_group = lambda: None
-        else:
-            torch.distributed.destroy_process_group = end
-        print(f"== {folder.name}")
-        FileTensor.bytes_read = 0
-        own = RunLayout(folder)
-        own.make_folders()
-        ranks._train(ranks._read_config(own), own, session, resume=False)
-        if folder != folders[-1]:
-            session.on_end("succeeded", None)
-        AcceleratorState._reset_state()
-        unset_hf_deepspeed_config()
-        gc.collect()
-"""
-
 
 def random_model(name: str, *, seed: int = 0) -> Any:
     """A model with transformers' own random weights, in bf16."""
@@ -128,65 +79,45 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-class Trained:
-    """All runs of the one launch, and what the ranks have said."""
-
-    def __init__(self, runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runs, self.folder = runs, folder
-        self.checkpoints: dict[str, Path] = {}
-        script = folder.parent / "many.py"
-        script.write_text(SCRIPT, encoding="utf-8")
-        monkeypatch.setattr("qz3_widgets.launch.directory.find_train_script", lambda: script)
-
-    def add(self, key: str, architecture: str, **changes: Any) -> None:
-        moe = architecture in MOE
-        config = self.runs.config(
-            name=key,
-            lora__target_modules=ATTENTION if moe else "all-linear",
-            # Otherwise what a tiny model has counts as small, and stays whole.
-            zero__stage3_param_persistence_threshold=100,
-            training__max_steps=2,
-            data__eval_source=None,
-            data__eval_fraction=0.0,
-            **changes,
-        )
-        plan = make_plan(config)
-        plan.raise_if_blocked()
-        render_into(plan, self.folder / key)
-
-    def launch(self) -> None:
-        first = min(path for path in self.folder.iterdir())
-        done = subprocess.run(["bash", str(first / "launch.sh")], capture_output=True, text=True, timeout=ALL_SECONDS)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-        assert not processes_of(self.folder)
-        text = [(first / "logs" / f"rank-{rank:05d}.log").read_text(encoding="utf-8") for rank in range(2)]
-        self.logs = [dict(re.findall(r"^== (\S+)\n(.*?)(?=^== |\Z)", each, re.MULTILINE | re.DOTALL)) for each in text]
-
-    def run(self, key: str) -> Run:
-        return Run(self.folder / key)
+def fields(architecture: str, **more: Any) -> dict[str, Any]:
+    """Of a short run."""
+    return {
+        "lora__target_modules": ATTENTION if architecture in MOE else "all-linear",
+        # Otherwise what a tiny model has counts as small, and stays whole.
+        "zero__stage3_param_persistence_threshold": 100,
+        "training__max_steps": 2,
+        "data__eval_source": None,
+        "data__eval_fraction": 0.0,
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
-def trained(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the models to be loaded from one."""
     root = tmp_path_factory.mktemp("many architectures")
-    (root / "runs").mkdir()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        made = Trained(runs, root / "runs", monkeypatch)
-        for name, shape in SHAPES.items():
-            file = root / f"{name}.json"
-            file.write_text(json.dumps(shape), encoding="utf-8")
-            made.add(f"random-{name}", name, model__name_or_path=f"random:{file}", model__load_strategy="sharded")
-        for name in CHECKPOINTS:
-            folder = made.checkpoints[name] = write_checkpoint(name, root / f"checkpoint {name}")
-            for strategy in ("sharded", "stock"):
-                made.add(f"{strategy}-{name}", name, model__name_or_path=str(folder), model__load_strategy=strategy)
-        made.launch()
-    return made
+    return {name: write_checkpoint(name, root / f"checkpoint {name}") for name in CHECKPOINTS}
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Runs, checkpoints: dict[str, Path]) -> dict[str, Run]:
+    """Random models, and each checkpoint both ways."""
+    configs = {}
+    for name, shape in SHAPES.items():
+        file = runs.folder / f"{name}.json"
+        file.write_text(json.dumps(shape), encoding="utf-8")
+        configs[f"random-{name}"] = fields(name, model__name_or_path=f"random:{file}", model__load_strategy="sharded")
+    for name, folder in checkpoints.items():
+        for strategy in ("sharded", "stock"):
+            changes = {"model__name_or_path": str(folder), "model__load_strategy": strategy}
+            configs[f"{strategy}-{name}"] = fields(name, **changes)
+    runs.together(configs)
+    return {key: runs.finished(key) for key in configs}
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_loads_sharded_trains_saves_and_reloads(trained: Trained, name: str) -> None:
-    run = trained.run(f"random-{name}")
+def test_loads_sharded_trains_saves_and_reloads(trained: dict[str, Run], name: str) -> None:
+    run = trained[f"random-{name}"]
     assert run.state == "succeeded"
     assert sorted(losses(run)) == [1, 2]
     document = prove(run).to_json()
@@ -210,8 +141,8 @@ def test_loads_sharded_trains_saves_and_reloads(trained: Trained, name: str) -> 
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_ends_as_with_the_stock_load(trained: Trained, name: str) -> None:
-    sharded, stock = trained.run(f"sharded-{name}"), trained.run(f"stock-{name}")
+def test_a_checkpoint_ends_as_with_the_stock_load(trained: dict[str, Run], name: str) -> None:
+    sharded, stock = trained[f"sharded-{name}"], trained[f"stock-{name}"]
     assert (sharded.state, stock.state) == ("succeeded", "succeeded")
     assert losses(sharded) == losses(stock)
     assert sharded.metrics()["grad_norm"].tolist() == stock.metrics()["grad_norm"].tolist()
@@ -232,12 +163,15 @@ _UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20}
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_reads_its_share_of_the_checkpoint(trained: Trained, name: str, rank: int) -> None:
-    found = _READ.search(trained.logs[rank][f"sharded-{name}"])
-    assert found is not None, trained.logs[rank][f"sharded-{name}"]
+def test_a_rank_reads_its_share_of_the_checkpoint(
+    trained: dict[str, Run], checkpoints: dict[str, Path], name: str, rank: int
+) -> None:
+    log = trained[f"sharded-{name}"].layout.rank_log(rank).read_text(encoding="utf-8")
+    found = _READ.search(log)
+    assert found is not None, log
     num_read, num_all = (float(found[n].replace(",", "")) * _UNITS[found[n + 1]] for n in (1, 3))
     # A quantized checkpoint's statistics are read whole; in a model so small their tables are an eighth of it all.
-    statistics = statistics_bytes(trained.checkpoints[name])
+    statistics = statistics_bytes(checkpoints[name])
     assert (num_read - statistics) / (num_all - statistics) <= 1.1 / 2, found[0]
     assert bool(statistics) is (name == "prequantized")
 
@@ -248,7 +182,7 @@ def statistics_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for name, tensor in tensors.items() if ".weight." in name)
 
 
-def test_no_rank_complains(trained: Trained) -> None:
-    for log in trained.logs:
-        for key, text in log.items():
-            assert "Traceback" not in text, (key, text)
+def test_no_rank_complains(trained: dict[str, Run]) -> None:
+    for key, run in trained.items():
+        for rank in range(2):
+            assert "Traceback" not in run.layout.rank_log(rank).read_text(encoding="utf-8"), key

@@ -16,8 +16,8 @@ from tests.conftest import Qz3
 from .real_runs import RUN_SECONDS, WARMUP, Runs, losses, processes_of, wait_for
 
 
-def test_render_and_run_by_hand(runs: Runs, qz3: Qz3, tmp_path: Path) -> None:
-    measure = losses(runs.measure())
+def test_render_and_run_by_hand(runs: Runs, ways: dict[str, Run], qz3: Qz3, tmp_path: Path) -> None:
+    measure = losses(ways["measure"])
     config = tmp_path / "my config.yaml"
     save_config(runs.config(name="by-hand", zero__zero_stage=2, **WARMUP), config)
     folder = tmp_path / "rendered here"

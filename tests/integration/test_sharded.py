@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from qz3_widgets.analysis.memory import peaks
@@ -17,12 +15,6 @@ from .real_runs import Runs, losses
 STEPS = 10
 NOISE = 5e-3  # bf16, and sums in another order
 
-ZERO3: dict[str, Any] = {
-    "training__max_steps": STEPS,
-    # Otherwise what a tiny model has counts as small, and stays whole.
-    "zero__stage3_param_persistence_threshold": 100,
-}
-
 
 def figures(run: Run) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm, with all their digits."""
@@ -31,15 +23,13 @@ def figures(run: Run) -> list[tuple[int, float, float]]:
 
 
 @pytest.fixture(scope="module")
-def sharded(runs: Runs) -> Run:
-    return runs.finished("ten-sharded", model__load_strategy="sharded", **ZERO3)
+def sharded(ways: dict[str, Run]) -> Run:
+    return ways["ten-sharded"]
 
 
 @pytest.fixture(scope="module")
-def stock(runs: Runs) -> Run:
-    """As released: the libraries' own load, layers and statistics."""
-    changes = {"model__load_strategy": "stock", "zero__release_gathered": False, "zero__shard_statistics": False}
-    return runs.finished("ten-stock", **changes, **ZERO3)
+def stock(ways: dict[str, Run]) -> Run:
+    return ways["ten-stock"]
 
 
 def test_ten_steps_are_those_of_stock_to_the_last_digit(sharded: Run, stock: Run) -> None:
@@ -67,14 +57,9 @@ def test_a_rank_holds_less_after_the_load(sharded: Run, stock: Run) -> None:
     assert (own < whole).all(), held
 
 
-def test_parameters_on_the_host(runs: Runs, sharded: Run) -> None:
+def test_parameters_on_the_host(ways: dict[str, Run], sharded: Run) -> None:
     """On the CPU host and device are one, but the way through DeepSpeed's offloading is the real one."""
-    run = runs.finished(
-        "offloaded",
-        model__load_strategy="sharded",
-        zero__offload_param_device="cpu",
-        **{**ZERO3, "training__max_steps": 4},
-    )
+    run = ways["offloaded"]
     assert figures(run) == figures(sharded)[:4]
     assert prove(run).to_json()["zero3"]["partitioned_fraction"] == 1.0
 

@@ -87,9 +87,9 @@ def test_control_c(runs: Runs, qz3_process: Callable[..., subprocess.Popen[str]]
     wait_for(lambda: not processes_of(run.layout.root), 5.0)
 
 
-def test_resume_goes_on_where_the_checkpoint_was(runs: Runs, qz3: Qz3) -> None:
+def test_resume_goes_on_where_the_checkpoint_was(runs: Runs, ways: dict[str, Run], qz3: Qz3) -> None:
     """Broken off by a SIGTERM to its supervisor, as a batch system sends it."""
-    whole = losses(runs.measure())
+    whole = losses(ways["measure"])
     run = runs.start(name="broken", training__max_steps=10, training__save_steps=2, training__eval_steps=5, **WARMUP)
     wait_for(lambda: _has_checkpoint(run), run=run)
     supervisor = run.status.pid

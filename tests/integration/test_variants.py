@@ -14,15 +14,15 @@ from qz3_widgets.config.io import save_config
 from qz3_widgets.runs.store import Run, open_run
 from tests.conftest import Qz3
 
-from .real_runs import WARMUP, Runs, losses, succeed, write_jsonl
+from .real_runs import WARMUP, Runs, losses, succeed
 
 NOISE = 5e-3  # bf16 has eight bits, and sums are taken in another order
 
 
 @pytest.fixture(scope="module")
-def measure(runs: Runs) -> dict[int, float]:
+def measure(ways: dict[str, Run]) -> dict[int, float]:
     """Losses of the run that the others differ from in one thing: ZeRO-3, non-reentrant checkpointing."""
-    return first_losses(runs.measure())
+    return first_losses(ways["measure"])
 
 
 def first_losses(run: Run) -> dict[int, float]:
@@ -32,9 +32,9 @@ def first_losses(run: Run) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "none"])
-def test_checkpointing_does_not_change_the_losses(runs: Runs, measure: dict[int, float], mode: str) -> None:
-    run = runs.finished(mode.replace("_", "-"), training__activation_checkpointing=mode, **WARMUP)
-    assert first_losses(run) == pytest.approx(measure, abs=NOISE)
+def test_checkpointing_does_not_change_the_losses(ways: dict[str, Run], measure: dict[int, float], mode: str) -> None:
+    assert ways[mode].config.training.activation_checkpointing == mode
+    assert first_losses(ways[mode]) == pytest.approx(measure, abs=NOISE)
 
 
 def test_without_deepspeed_from_the_command(runs: Runs, measure: dict[int, float], qz3: Qz3, tmp_path: Path) -> None:
@@ -93,20 +93,8 @@ def test_two_runs_at_once(runs: Runs, tmp_path: Path) -> None:
     assert per_step[packed.run_id] > 2 * per_step[pair.run_id]
 
 
-def test_the_loss_counts_what_was_asked_for(runs: Runs, measure: dict[int, float], tmp_path: Path) -> None:
-    """Only the assistant's turns; in fp32, with a batch in two halves, and rows of other columns in between."""
-    rows = [{"id": number, **row} for number, row in enumerate(runs.train_rows)]
-    run = runs.finished(
-        "assistant",
-        data__source=str(write_jsonl(tmp_path / "with ids.jsonl", rows)),
-        data__loss_on="assistant",
-        training__gradient_accumulation_steps=2,
-        training__per_device_train_batch_size=1,
-        training__precision="fp32",
-        model__dtype="float32",
-        quantization__bnb_4bit_compute_dtype="float32",
-        quantization__bnb_4bit_quant_storage="float32",
-    )
+def test_the_loss_counts_what_was_asked_for(ways: dict[str, Run], measure: dict[int, float]) -> None:
+    run = ways["assistant"]
     found = losses(run)
     assert found[4] < found[1]
     assert found[1] != pytest.approx(measure[1], abs=1e-6)  # other tokens count

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -29,29 +27,88 @@ MIXTRAL = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-SCRIPT = """
-import argparse
-from pathlib import Path
+AS_RELEASED: dict[str, Any] = {
+    "model__load_strategy": "stock",
+    "zero__release_gathered": False,
+    "zero__shard_statistics": False,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "proof-sharded": SHORT,
+    # Nothing of the workbench's own in the load nor in the step.
+    "proof-stock": {**SHORT, **AS_RELEASED},
+    "proof-stage2": {
+        **SHORT,
+        "model__load_strategy": "auto",
+        "zero__zero_stage": 2,
+        "zero__stage3_param_persistence_threshold": "auto",
+    },
+    "proof-16bit": {**SHORT, "model__load_strategy": "auto", "quantization__load_in_4bit": False},
+    "proof-unregistered": SHORT,
+    "proof-cut": SHORT,
+    "proof-embeddings": SHORT,
+}
+CHANGES = {
+    # As where TrainingArguments are made after the model, or were let go of: the loader does not know of ZeRO-3.
+    "proof-unregistered": """
+        from qz3_widgets.training import loading
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--run-dir", type=Path, required=True)
-arguments = parser.parse_args()
+        def load(config, base, mark):
+            unset_hf_deepspeed_config()
+            return loading.load_stock(config, base, mark)
 
-from qz3_widgets.training import loading, model
+        patch.setitem(loading.LOADERS, "sharded", load)
+    """,
+    # The output of the first layer is cut off from the graph: its adapter is never trained, and nothing complains.
+    "proof-cut": """
+        from qz3_widgets.training import model
 
-{body}
-from qz3_widgets.training.main import main
+        attach = model.attach_adapter
 
-main(arguments.run_dir)
-"""
+        def attach_and_cut(config, loaded):
+            attached = attach(config, loaded)
+            layer = attached.base_model.model.model.layers[0]
+            layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+            return attached
+
+        patch.setattr(model, "attach_adapter", attach_and_cut)
+    """,
+    # Says in the log which embeddings are gathered before the first layer, in the last one's backward, and at the end.
+    "proof-embeddings": """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from qz3_widgets.training.trainer import RecordedTrainer
+
+        step = RecordedTrainer.training_step
+
+        def watched(self, model, *args, **kwargs):
+            base = self.model.get_base_model()
+            head = dict(base.lm_head.named_parameters())["weight"]
+            embeddings = {"input": base.get_input_embeddings().weight, "head": head}
+            def tell(when):
+                there = [name for name, each in embeddings.items() if each.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+                print("EMBEDDINGS", when, *there)
+            hook = base.model.layers[-1].register_full_backward_pre_hook(lambda *_: tell("backward"))
+            first = base.model.layers[0].register_forward_pre_hook(lambda *_: tell("forward"))
+            loss = step(self, model, *args, **kwargs)
+            tell("end")
+            hook.remove(), first.remove()
+            return loss
+
+        patch.setattr(RecordedTrainer, "training_step", watched)
+    """,
+}
 
 
-def run_with_script(runs: Runs, monkeypatch: pytest.MonkeyPatch, key: str, body: str) -> Run:
-    """A run whose ranks execute a train script of the test's own: the usual one, after ``body``."""
-    script = runs.folder / f"{key}.py"
-    script.write_text(SCRIPT.format(body=dedent(body)), encoding="utf-8")
-    monkeypatch.setattr("qz3_widgets.launch.directory.find_train_script", lambda: script)
-    return runs.finished(key, **SHORT)
+@pytest.fixture(scope="module")
+def ran(runs: Runs) -> dict[str, Run]:
+    """One run of each kind."""
+    shape = runs.folder / "mixtral.json"
+    shape.write_text(json.dumps(MIXTRAL), encoding="utf-8")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    moe = {**SHORT, "model__name_or_path": f"random:{shape}", "lora__target_modules": targets}
+    configs = {**CONFIGS, "proof-moe": moe}
+    runs.together(configs, changes=CHANGES)
+    return {key: runs.finished(key) for key in configs}
 
 
 def alarms(run: Run) -> list[str]:
@@ -65,15 +122,13 @@ def failed(proof: Proof) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sharded(runs: Runs) -> Run:
-    return runs.finished("proof-sharded", **SHORT)
+def sharded(ran: dict[str, Run]) -> Run:
+    return ran["proof-sharded"]
 
 
 @pytest.fixture(scope="module")
-def stock(runs: Runs) -> Run:
-    """As released: nothing of the workbench's own in the load nor in the step."""
-    changes = {"model__load_strategy": "stock", "zero__release_gathered": False, "zero__shard_statistics": False}
-    return runs.finished("proof-stock", **{**SHORT, **changes})
+def stock(ran: dict[str, Run]) -> Run:
+    return ran["proof-stock"]
 
 
 def test_a_sharded_run_is_ok(sharded: Run, qz3: Qz3) -> None:
@@ -135,36 +190,24 @@ def test_show_has_the_verdict(stock: Run, sharded: Run, qz3: Qz3) -> None:
     assert "✓ proven: sharded by ZeRO-3" in qz3("show", sharded.layout.root, check=True).stdout
 
 
-def test_stage_2(runs: Runs) -> None:
-    run = runs.finished("proof-stage2", **{**SHORT, "model__load_strategy": "auto", "zero__zero_stage": 2,
-                                           "zero__stage3_param_persistence_threshold": "auto"})  # fmt: skip
+def test_stage_2(ran: dict[str, Run]) -> None:
+    run = ran["proof-stage2"]
     proof = prove(run)
     reason = "gradients and optimizer state are sharded, the weights are not, and every rank held the whole model"
     assert proof.reasons == (f"zero.zero_stage is 2: {reason}",)
     assert alarms(run) == list(proof.reasons)
 
 
-def test_not_quantized(runs: Runs) -> None:
-    changes = {"model__load_strategy": "auto", "quantization__load_in_4bit": False}
-    run = runs.finished("proof-16bit", **{**SHORT, **changes})
+def test_not_quantized(ran: dict[str, Run]) -> None:
+    run = ran["proof-16bit"]
     proof = prove(run)
     assert proof.reasons == ("no weight is in 4 bit: quantization.load_in_4bit is off",)
     assert proof.to_json()["zero3"]["partitioned_fraction"] == 1.0
     assert alarms(run) == list(proof.reasons)
 
 
-def test_deepspeed_not_registered_before_the_load(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where TrainingArguments are made after the model, or were let go of: the loader does not know of ZeRO-3."""
-    body = """
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        def load(config, base, mark):
-            unset_hf_deepspeed_config()
-            return loading.load_stock(config, base, mark)
-
-        loading.LOADERS["sharded"] = load
-    """
-    run = run_with_script(runs, monkeypatch, "proof-unregistered", body)
+def test_deepspeed_not_registered_before_the_load(ran: dict[str, Run]) -> None:
+    run = ran["proof-unregistered"]
     proof = prove(run)
     assert failed(proof) == ["registered"]
     assert proof.reasons[0].startswith("DeepSpeed was not registered before the model was loaded")
@@ -172,20 +215,8 @@ def test_deepspeed_not_registered_before_the_load(runs: Runs, monkeypatch: pytes
     assert alarms(run) == list(proof.reasons)
 
 
-def test_an_adapter_without_gradients(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output of the first layer is cut off from the graph: its adapter is never trained, and nothing complains."""
-    body = """
-        attach = model.attach_adapter
-
-        def attach_and_cut(config, loaded):
-            attached = attach(config, loaded)
-            layer = attached.base_model.model.model.layers[0]
-            layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
-            return attached
-
-        model.attach_adapter = attach_and_cut
-    """
-    run = run_with_script(runs, monkeypatch, "proof-cut", body)
+def test_an_adapter_without_gradients(ran: dict[str, Run]) -> None:
+    run = ran["proof-cut"]
     proof = prove(run)
     assert failed(proof) == ["gradients"]
     assert proof.reasons[0].startswith("14 of 28 trainable tensors got no gradient in the first step")
@@ -194,11 +225,8 @@ def test_an_adapter_without_gradients(runs: Runs, monkeypatch: pytest.MonkeyPatc
     assert alarms(run) == list(proof.reasons)
 
 
-def test_a_fused_moe_left_in_16_bit(runs: Runs) -> None:
-    shape: Path = runs.folder / "mixtral.json"
-    shape.write_text(json.dumps(MIXTRAL), encoding="utf-8")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    run = runs.finished("proof-moe", **SHORT, model__name_or_path=f"random:{shape}", lora__target_modules=targets)
+def test_a_fused_moe_left_in_16_bit(ran: dict[str, Run]) -> None:
+    run = ran["proof-moe"]
     proof = prove(run)
     assert failed(proof) == ["layers"]
     assert "of the model's weights stay in 16 bit and should be in 4" in proof.reasons[0]
@@ -209,35 +237,9 @@ def test_a_fused_moe_left_in_16_bit(runs: Runs) -> None:
     assert alarms(run) == list(proof.reasons)
 
 
-def test_embeddings_are_gathered_only_while_they_are_used(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_gathered_only_while_they_are_used(ran: dict[str, Run]) -> None:
     """Neither is there in the layers' backward; the head is gathered once a micro-batch."""
-    run = run_with_script(
-        runs,
-        monkeypatch,
-        "embeddings",
-        """
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-        from qz3_widgets.training.trainer import RecordedTrainer
-
-        step = RecordedTrainer.training_step
-
-        def watched(self, model, *args, **kwargs):
-            base = self.model.get_base_model()
-            head = dict(base.lm_head.named_parameters())["weight"]
-            embeddings = {"input": base.get_input_embeddings().weight, "head": head}
-            def tell(when):
-                there = [name for name, each in embeddings.items() if each.ds_status != ZeroParamStatus.NOT_AVAILABLE]
-                print("EMBEDDINGS", when, *there)
-            hook = base.model.layers[-1].register_full_backward_pre_hook(lambda *_: tell("backward"))
-            first = base.model.layers[0].register_forward_pre_hook(lambda *_: tell("forward"))
-            loss = step(self, model, *args, **kwargs)
-            tell("end")
-            hook.remove(), first.remove()
-            return loss
-
-        RecordedTrainer.training_step = watched
-        """,
-    )
+    run = ran["proof-embeddings"]
     told = [line.split()[1:] for line in run.layout.rank_log(0).read_text().splitlines() if line.startswith("EMB")]
     assert {when for when, *_ in told} == {"forward", "backward", "end"}
     assert all(not there for _, *there in told), told
