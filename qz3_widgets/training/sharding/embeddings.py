@@ -91,7 +91,13 @@ class _Gathered:
         self._parameters: list[Any] = []
 
     def gather(self, parameter: Any) -> None:
-        parameter.all_gather()
+        part = parameter.ds_tensor.data
+        if part.numel() == parameter.ds_numel and part.device == parameter.device:
+            # One rank alone has the whole of it, and DeepSpeed would copy it.
+            parameter.data = part.view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        else:
+            parameter.all_gather()
         self._parameters.append(parameter)
 
     def release(self, *unused: Any) -> None:

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
+from .adapter import make_lean
 from .flat import FlatShard
 from .linear import STATISTICS, ShardedLinear4bit
 from .partition import is_partitioned
@@ -259,15 +260,42 @@ def gather_layers(model: nn.Module, engine: Any, *, device: torch.device, prefet
         handle.remove()
     for module in modules:
         _read_plainly(module)
+        make_lean(module)
     resident = _keep_adapter_whole(modules, list(offload.persistent_parameters))
     layers = [GatheredLayer(module, device) for module in modules]
     ours = {id(parameter) for layer in layers for parameter in layer.frozen}
-    resident = [each for each in resident if id(each) not in ours]
-    offload.persistent_parameters = engine.optimizer.persistent_parameters = (
-        [ResidentParameters(resident, device)] if resident else []
-    )
+    resident = ResidentParameters([each for each in resident if id(each) not in ours], device)
+    offload.persistent_parameters = engine.optimizer.persistent_parameters = [resident] if resident.parameters else []
+    _stay_whole(offload, engine.optimizer, resident, model)
     offload.layer_gather = LayerGather(layers, prefetch=prefetch)
     return offload.layer_gather  # type: ignore[no-any-return]
+
+
+def _stay_whole(offload: Any, optimizer: Any, resident: ResidentParameters, model: nn.Module) -> None:
+    """Leave ``resident`` whole while the optimizer steps: it is brought up to date afterwards.
+
+    DeepSpeed partitions everything before a step, by walking over all modules, twice. What a checkpoint holds is still
+    partitioned.
+    """
+    partition_all = offload.partition_all_parameters
+    leaving = [each for each in model.parameters() if is_partitioned(each) and not each.ds_persist]
+
+    def partition_all_parameters() -> None:
+        if any(each.ds_status == ZeroParamStatus.INFLIGHT for each in leaving):
+            partition_all()
+            resident.all_gather()
+            return
+        for each in leaving:
+            each.ds_active_sub_modules.clear()
+            if each.ds_status == ZeroParamStatus.AVAILABLE:
+                each.partition()
+
+    def checkpoint_event_prologue() -> None:
+        resident.partition()
+        partition_all()
+
+    offload.partition_all_parameters = partition_all_parameters
+    optimizer.checkpoint_event_prologue = checkpoint_event_prologue
 
 
 def _keep_adapter_whole(modules: list[nn.Module], resident: list[Any]) -> list[Any]:

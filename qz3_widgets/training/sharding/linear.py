@@ -36,6 +36,7 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     statistics_dtype: torch.dtype
     read_packed: Callable[[], torch.Tensor] | None = None
     read_statistics: Callable[[], torch.Tensor] | None = None
+    statistics_are_fixed: bool = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As ``Linear4bit.forward``, but for what autograd keeps."""
@@ -68,6 +69,8 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         if state.absmax is None:
             state = copy.copy(state)
             state.absmax = self._statistics()
+            if self.statistics_are_fixed:
+                weight.quant_state = state
         return packed, state
 
     def read_from(self, name: str, view: Any) -> None:
@@ -77,7 +80,7 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
             fixed = view.read()
             read = lambda: fixed  # noqa: E731
         if name == STATISTICS:
-            self.read_statistics = read
+            self.read_statistics, self.statistics_are_fixed = read, view.is_fixed
         else:
             self.read_packed = read
 
@@ -112,7 +115,7 @@ class _ReadAgain(torch.autograd.Function):
         ctx.layer = layer
         ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
         packed, state = layer.packed_weight()
-        return cast("torch.Tensor", bnb.matmul_4bit(inputs.detach(), packed, quant_state=state, bias=bias))
+        return _product(inputs, packed, state, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
@@ -125,6 +128,24 @@ class _ReadAgain(torch.autograd.Function):
             packed, state = ctx.layer.packed_weight()
             grad_input = torch.matmul(grad, functional.dequantize_4bit(packed, state).to(grad.dtype))
         return grad_input, None, grad_bias
+
+
+def _product(
+    inputs: torch.Tensor, packed: torch.Tensor, state: functional.QuantState, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What ``bnb.matmul_4bit`` computes, without its autograd function; inside one of ours nothing is recorded anyway."""
+    rows, columns = state.shape
+    if (rows != columns and inputs.shape[-1] == rows) or inputs.numel() == 0:  # cases that it treats by themselves
+        return cast("torch.Tensor", bnb.matmul_4bit(inputs.detach(), packed, quant_state=state, bias=bias))
+    nested: dict[str, Any] = {}
+    scales = state.absmax
+    if state.nested:
+        scales = state.state2.absmax
+        nested = {"absmax_8bit": state.absmax, "absmax_code": state.state2.code, "absmax_offset": state.offset}
+    product = torch.ops.bitsandbytes.gemm_4bit.default(
+        inputs, packed.view(-1, 1), state.shape, scales, state.blocksize, state.quant_type, bias=bias, **nested
+    )
+    return cast("torch.Tensor", product)
 
 
 def let_go(layer: bnb.nn.Linear4bit) -> ShardedLinear4bit:
