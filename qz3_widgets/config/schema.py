@@ -253,10 +253,11 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["non_reentrant", "reentrant", "none"] = _f(
         "non_reentrant", "Recompute each layer in the backward pass instead of keeping its activations."
     )
-    activation_offload: bool = _f(
-        False,
-        "Keep the activations that a step saves in pinned host memory, copied while the GPU computes: less memory for "
-        "long batches of large models, for some time.",
+    activation_offload: bool | AutoOr = _f(
+        "auto",
+        "Keep the inputs of decoder layers, which checkpointing saves, in pinned host memory, copied while the GPU "
+        "computes. auto: where they would take more than 4 % of the GPU's memory.",
+        rare=True,
     )
     seed: NonNegativeInt = _f(42, "Seed of the adapter's weights, of shuffling and of the held-out split.")
     logging_steps: int = _f(1, "Steps between two lines in the log. Metrics are recorded at every step.", ge=1)

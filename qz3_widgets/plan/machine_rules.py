@@ -96,8 +96,15 @@ def threads(context: Context) -> Iterator[Issue]:
 def activation_offload(context: Context) -> Iterator[Issue]:
     """On a CPU all activations are in host memory."""
     path = "training.activation_offload"
-    if context.config.training.activation_offload and context.device == "cpu":
+    if context.config.training.activation_offload is True and context.device == "cpu":
         yield Issue("activation-offload-on-cpu", "warning", path, "has no effect: the run is on the CPU", {path: False})
+    if (
+        context.config.training.activation_offload is True
+        and context.config.training.activation_checkpointing == "none"
+    ):
+        fix = {"training.activation_checkpointing": "non_reentrant"}
+        message = "has no effect without training.activation_checkpointing: what it keeps is what that saves"
+        yield Issue("activation-offload-without-checkpointing", "warning", path, message, fix)
 
 
 def flash_attention(context: Context) -> Iterator[Issue]:

@@ -118,7 +118,6 @@ def sft_kwargs(config: RunConfig, layout: RunLayout, *, device: str, has_eval: b
         "bf16": training.precision == "bf16",
         "fp16": training.precision == "fp16",
         "activation_checkpointing": training.activation_checkpointing != "none",
-        "activation_offloading": training.activation_offload and device == "cuda",
         "seed": training.seed,
         "data_seed": training.seed,
         "use_cpu": device == "cpu",

@@ -17,6 +17,7 @@ from ..config.schema import RunConfig
 from ..runs.layout import RunLayout
 from ..trace.records import TraceWriter
 from . import model as models
+from .activation_offload import ActivationOffloadCallback
 from .arguments import checkpointing_kwargs, collective_timeout, sft_kwargs
 from .data import load_examples
 from .operators import are_missing, prepare_cpu_operators
@@ -91,6 +92,7 @@ class Work:
             trainer.add_callback(EmbeddingsCallback())
             if config.zero.fused_gather:
                 trainer.add_callback(LayerGatherCallback(trainer, config, self._say))
+        trainer.add_callback(ActivationOffloadCallback(config, self._say))
         trainer.add_callback(EngineCallback(trainer))
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
         self._settle(peft_model, args, probe)

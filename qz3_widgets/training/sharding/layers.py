@@ -183,7 +183,9 @@ class GatheredLayer:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._gather.acquire(self, forward=True)
-        if not torch.is_grad_enabled() or self._in_backward:  # in backward: a recomputation, whose output nobody asks for
+        if (
+            not torch.is_grad_enabled() or self._in_backward
+        ):  # in backward: a recomputation, whose output nobody asks for
             return
         inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.requires_grad]
         self._is_let_go_by_input = bool(inputs)

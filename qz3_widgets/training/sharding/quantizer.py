@@ -37,7 +37,7 @@ _METHOD = "bitsandbytes_4bit"
 _CONVERT_FAILED = 13
 
 
-_EXCHANGE_SCALES = 2**20
+_EXCHANGE_SCALES = 2**22
 """Scales of whole weights, for each rank, that go into one exchange: small matrices together, large ones by few."""
 
 
