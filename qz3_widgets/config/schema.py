@@ -162,8 +162,8 @@ class ZeroSection(Section):
     )
     fused_gather: bool = _f(
         True,
-        "Gather each leaf module's shards in one collective, the next one ahead. false: DeepSpeed's own hooks, weight by "
-        "weight in Python. Needs release_gathered.",
+        "Gather each leaf module's shards in one collective, the next one ahead. false: DeepSpeed's own hooks, which "
+        "walk over each weight. Needs release_gathered.",
         rare=True,
     )
 

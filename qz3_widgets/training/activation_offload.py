@@ -1,7 +1,7 @@
 """The inputs of decoder layers, which activation checkpointing saves for the recomputation, in host memory until then.
 
-They are all that grows with the number of layers: 32 MiB each at 1024 tokens of a 405B model, 3.9 GiB in all, as much as
-its whole head. A layer's input leaves while the next layer computes, and comes back while the layer behind it does its
+They are what grows with the number of layers: 32 MiB each at 1024 tokens of a 405B model, 3.9 GiB in all, as much as
+its head. A layer's input leaves while the next layer computes, and comes back while the layer behind it does its
 backward, through page-locked memory and a stream of its own.
 """
 
@@ -88,7 +88,7 @@ class ActivationOffload:
         if isinstance(saved, torch.Tensor):
             return saved
         if self._stream is None:
-            return saved.host.clone()
+            return cast("torch.Tensor", saved.host.clone())
         self._let_leave()
         self._last = None
         self._fetch(saved)

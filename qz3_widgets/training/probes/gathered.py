@@ -8,10 +8,10 @@ recomputation and backward.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class GatheredWatch:
             if unit:
                 size = sum(int(each.ds_numel) * each.element_size() for each in unit)
                 for parameter in unit:
-                    self._watch(parameter.untyped_storage(), lambda parameter=parameter: parameter.data_ptr())
+                    self._watch(parameter.untyped_storage(), parameter.data_ptr)
                 self._compare(size, self._names[id(unit[0])].rpartition(".")[0], forward)
             self.seconds += time.perf_counter() - begin
 
@@ -106,9 +106,8 @@ class GatheredWatch:
             if inside and layer.whole_bytes and self._layers is not None:
                 for each in self._layers.layers:
                     if each.whole is not None:
-                        self._watch(each.whole.untyped_storage(), lambda each=each: _address(each.whole))
-                # The common beginning of the names of its weights is the layer's.
-                where = os.path.commonprefix([self._names[id(each)] for each in inside]).rpartition(".")[0]
+                        self._watch(each.whole.untyped_storage(), partial(_address, each))
+                where = _common_module(self._names[id(each)] for each in inside)
                 self._compare(layer.whole_bytes, where, forward)
             self.seconds += time.perf_counter() - begin
 
@@ -145,5 +144,15 @@ class GatheredWatch:
         return alive, needed
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _common_module(names: Iterable[str]) -> str:
+    """The module that all parameters of these names are in."""
+    common: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _address(layer: GatheredLayer) -> int:
+    return 0 if layer.whole is None else layer.whole.data_ptr()

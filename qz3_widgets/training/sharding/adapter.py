@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 from torch import nn
+from torch.nn.functional import linear
 
 from .linear import ShardedLinear4bit
 
@@ -27,18 +27,18 @@ class LeanAdaptedLinear4bit(AdaptedLinear4bit):  # type: ignore[misc]
             return cast("torch.Tensor", super().forward(x, *args, **kwargs))
         name = active[0]
         modules = self._modules
-        down = modules["lora_A"]._modules.get(name)  # type: ignore[union-attr]
+        down = modules["lora_A"]._modules.get(name)
         if down is None or name in self.lora_variant:
             return cast("torch.Tensor", super().forward(x))
-        up = modules["lora_B"]._modules[name]  # type: ignore[union-attr]
-        dropout = modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
-        result = cast("torch.Tensor", modules["base_layer"](x))  # type: ignore[misc]
+        up = modules["lora_B"]._modules[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        result = cast("torch.Tensor", modules["base_layer"](x))
         weight = cast("torch.Tensor", down.weight)
         if x.dtype != weight.dtype:
             x = self._cast_input_dtype(x, weight.dtype)
         if not isinstance(dropout, nn.Identity):
-            x = dropout(x)  # type: ignore[misc]
-        update = F.linear(F.linear(x, weight, down.bias), up.weight, up.bias)  # type: ignore[union-attr,arg-type]
+            x = dropout(x)
+        update = linear(linear(x, weight, down.bias), up.weight, up.bias)
         scaling = self.scaling[name]
         if scaling != 1.0:
             update = update * scaling

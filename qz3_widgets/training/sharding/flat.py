@@ -1,4 +1,4 @@
-"""The parts that a rank holds of several parameters, in one piece of memory: gathered in one collective, without a copy.
+"""A rank's parts of several parameters in one piece of memory: gathered in one collective, without a copy.
 
 DeepSpeed gathers a list of parameters by copying each one's part into a buffer, and each one's parts out of what
 arrives. Parts that lie side by side for good need neither: what arrives is used where it is, one parameter at a time.
@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 
 ALIGNMENT = 256
-"""Bytes; what torch's allocators give at least, and kernels may rely on."""
+"""Bytes, where parameters are read in place: what torch's allocators give at least, and kernels may rely on."""
+
+PART_ALIGNMENT = 16
+"""Bytes, where parts are put together in memory of their own: enough for a view in any dtype."""
 
 
 class FlatShard:
@@ -31,7 +34,8 @@ class FlatShard:
         dtypes = {parameter.ds_tensor.dtype for parameter in parameters}
         self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
         sizes = [parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in parameters]
-        rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        alignment = ALIGNMENT if self._num_ranks == 1 else PART_ALIGNMENT
+        rounded = [-(-size // alignment) * alignment for size in sizes]
         beginnings = [sum(rounded[:place]) for place in range(len(rounded))]
         width = self._dtype.itemsize
         first = parameters[0].ds_tensor

@@ -92,7 +92,10 @@ class GatheredLayer:
         self._gather: LayerGather
         self._in_backward = self._is_let_go_by_input = False
         packed = {id(each): (layer, name) for layer, name, each in _packed_parameters(module)}
-        frozen, self._foreign, self._others = [], [], []
+        frozen: list[Any] = []
+        self._foreign: list[Any] = []  # frozen ones of modules that are not ours
+        self._others: list[Any] = []  # trained ones
+        parameter: Any
         for parameter in dict.fromkeys(module.parameters()):
             if not is_partitioned(parameter):
                 continue
@@ -210,7 +213,7 @@ class GatheredLayer:
         self._in_backward = True
         self._gather.acquire(self, forward=False)
         if not self._is_let_go_by_input:
-            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self, *gradients: Any) -> None:
         self._in_backward = False
@@ -263,10 +266,10 @@ def gather_layers(model: nn.Module, engine: Any, *, device: torch.device, prefet
     for module in modules:
         _read_plainly(module)
         make_lean(module)
-    resident = _keep_adapter_whole(modules, list(offload.persistent_parameters))
+    small = _keep_adapter_whole(modules, list(offload.persistent_parameters))
     layers = [GatheredLayer(module, device) for module in modules]
     ours = {id(parameter) for layer in layers for parameter in layer.frozen}
-    resident = ResidentParameters([each for each in resident if id(each) not in ours], device)
+    resident = ResidentParameters([each for each in small if id(each) not in ours], device)
     offload.persistent_parameters = engine.optimizer.persistent_parameters = [resident] if resident.parameters else []
     _stay_whole(offload, engine.optimizer, resident, model)
     offload.layer_gather = LayerGather(layers, prefetch=prefetch)
@@ -280,7 +283,8 @@ def _stay_whole(offload: Any, optimizer: Any, resident: ResidentParameters, mode
     partitioned.
     """
     partition_all = offload.partition_all_parameters
-    leaving = [each for each in model.parameters() if is_partitioned(each) and not each.ds_persist]
+    everything: list[Any] = [each for each in model.parameters() if is_partitioned(each)]
+    leaving = [each for each in everything if not each.ds_persist]
 
     def partition_all_parameters() -> None:
         if any(each.ds_status == ZeroParamStatus.INFLIGHT for each in leaving):
@@ -302,12 +306,8 @@ def _stay_whole(offload: Any, optimizer: Any, resident: ResidentParameters, mode
 
 def _keep_adapter_whole(modules: list[nn.Module], resident: list[Any]) -> list[Any]:
     """``resident`` with the trained parameters of ``modules``, if they are small."""
-    trained = [
-        each
-        for module in modules
-        for each in module.parameters()
-        if each.requires_grad and is_partitioned(each) and not each.ds_persist
-    ]
+    inside: list[Any] = [each for module in modules for each in module.parameters() if is_partitioned(each)]
+    trained = [each for each in inside if each.requires_grad and not each.ds_persist]
     if sum(each.ds_numel * each.element_size() for each in trained) > MAX_ADAPTER_BYTES:
         return resident
     for each in trained:

@@ -74,7 +74,7 @@ class ShardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         return packed, state
 
     def read_from(self, name: str, view: Any) -> None:
-        """Read the parameter ``name``, the weight or its statistics, from ``view`` (:class:`.flat.View`) from now on."""
+        """Read parameter ``name``, the weight or its statistics, from ``view`` (:class:`.flat.View`) from now on."""
         read = view.read
         if view.is_fixed:
             fixed = view.read()
@@ -133,7 +133,7 @@ class _ReadAgain(torch.autograd.Function):
 def _product(
     inputs: torch.Tensor, packed: torch.Tensor, state: functional.QuantState, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What ``bnb.matmul_4bit`` computes, without its autograd function; inside one of ours nothing is recorded anyway."""
+    """What ``bnb.matmul_4bit`` computes, without its autograd function: inside one of ours nothing is recorded."""
     rows, columns = state.shape
     if (rows != columns and inputs.shape[-1] == rows) or inputs.numel() == 0:  # cases that it treats by themselves
         return cast("torch.Tensor", bnb.matmul_4bit(inputs.detach(), packed, quant_state=state, bias=bias))

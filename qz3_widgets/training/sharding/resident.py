@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 MAX_ADAPTER_BYTES = 2**29
-"""An adapter up to this size is kept whole: gathered with each layer it would cost more time than the memory is worth."""
+"""An adapter up to this size is kept whole: gathered with each layer it costs more time than its memory is worth."""
 
 
 class ResidentParameters:

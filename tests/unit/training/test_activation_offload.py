@@ -10,13 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from qz3_widgets.training.activation_offload import ActivationOffload
 
 
-def run(layers: nn.ModuleList, inputs: torch.Tensor, *, use_reentrant: bool, offload: ActivationOffload | None) -> list:
+def run(
+    layers: nn.ModuleList, inputs: torch.Tensor, *, use_reentrant: bool, offload: ActivationOffload | None
+) -> list[torch.Tensor | None]:
     call = checkpoint if offload is None else offload.around(checkpoint)
     mask = torch.ones(inputs.shape[-1])
     hidden = inputs.clone().requires_grad_()
     last = hidden
     for layer in layers:
-        last = call(lambda value, shared, layer=layer: layer(value).tanh() * shared, last, mask, use_reentrant=use_reentrant)
+        last = call(
+            lambda value, shared, layer=layer: layer(value).tanh() * shared, last, mask, use_reentrant=use_reentrant
+        )
     last.square().sum().backward()
     gradients = [hidden.grad, *(parameter.grad for parameter in layers.parameters())]
     layers.zero_grad()

@@ -105,6 +105,8 @@ READ_BY_THE_RANK = {
     "data.max_examples": "training/data.py",
     "model.load_strategy": "config/strategy.py",
     "zero.release_gathered": "training/loading/sharded.py",
+    "zero.fused_gather": "training/run.py",
+    "training.activation_offload": "training/activation_offload.py",
     "zero.shard_statistics": "training/loading/sharded.py",
     "training.max_duration_seconds": "training/trainer.py",
     "training.memory_sample_seconds": "training/main.py",
