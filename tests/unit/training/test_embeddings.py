@@ -13,13 +13,21 @@ from qz3_widgets.training.sharding.embeddings import gather_head_when_read, let_
 
 
 class Partitioned(nn.Parameter):
-    """As DeepSpeed makes them, on one rank."""
+    """As DeepSpeed makes them, on one of two ranks."""
 
     ds_id = 0
     ds_persist = False
     ds_status = ZeroParamStatus.NOT_AVAILABLE
     ds_active_sub_modules: set[int] = set()  # noqa: RUF012 - none is active
     gathered = 0
+
+    @property
+    def ds_numel(self) -> int:
+        return self.numel()
+
+    @property
+    def ds_tensor(self) -> torch.Tensor:
+        return self.data.view(-1)[: self.numel() // 2]
 
     def all_gather(self) -> None:
         assert self.ds_status == ZeroParamStatus.NOT_AVAILABLE
@@ -28,6 +36,21 @@ class Partitioned(nn.Parameter):
     def partition(self) -> None:
         assert self.ds_status == ZeroParamStatus.AVAILABLE
         self.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+class Alone(Partitioned):
+    """On one rank, which has all of it: nothing is to be gathered."""
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        return self.shape
+
+    @property
+    def ds_tensor(self) -> torch.Tensor:
+        return self.data.view(-1)
+
+    def all_gather(self) -> None:
+        raise AssertionError("DeepSpeed would copy it")
 
 
 class Model(nn.Module):
@@ -97,6 +120,15 @@ def test_the_head_is_there_for_the_loss_and_its_gradient_only() -> None:
     assert model.seen == [ZeroParamStatus.AVAILABLE] * 2
     assert before_layers == [ZeroParamStatus.NOT_AVAILABLE] * 2
     assert model.model.layer.weight.grad is not None
+
+
+def test_one_rank_uses_its_part_as_it_is() -> None:
+    model = Model()
+    model.head._parameters["weight"] = Alone(head_of(model).data, requires_grad=False)
+    assert gather_head_when_read(model)
+    model.step(TOKENS).backward()
+    assert model.seen == [ZeroParamStatus.AVAILABLE]
+    assert head_of(model).ds_status == ZeroParamStatus.NOT_AVAILABLE
 
 
 def test_without_a_backward_it_goes_after_the_forward() -> None:
