@@ -125,4 +125,5 @@ class View:
                 "backward"
             )
         parts = whole.view(self._shard.num_ranks, -1)[:, self._begin : self._begin + self._size]
-        return parts.reshape(-1).view(self._dtype)[: self._num_elements].view(self._shape)
+        # Not reshape(): it would give parts of one element each as a view with gaps.
+        return parts.contiguous().view(-1).view(self._dtype)[: self._num_elements].view(self._shape)
