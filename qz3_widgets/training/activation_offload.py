@@ -87,10 +87,10 @@ class ActivationOffload:
     def _unpack(self, saved: Any) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
+        self._last = None  # the backward has begun: what is saved next is the first again
         if self._stream is None:
             return cast("torch.Tensor", saved.host.clone())
         self._let_leave()
-        self._last = None
         self._fetch(saved)
         torch.cuda.current_stream(self._device).wait_event(saved.is_back)
         tensor, saved.back = saved.back, None

@@ -21,7 +21,7 @@ from ..config.schema import RunConfig
 from ..trace.records import MetricsRecord, TraceWriter
 from ..units import format_bytes
 from .recorder import MemoryRecorder
-from .sharding.layers import LayerGather, gather_layers
+from .sharding.layers import gather_layers
 from .step_clock import StepClock
 
 
@@ -30,7 +30,6 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
 
     recorder: MemoryRecorder
     clock: StepClock
-    layer_gather: LayerGather | None = None
     _ops_per_token: int | None = None
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -235,7 +234,6 @@ class LayerGatherCallback(TrainerCallback):  # type: ignore[misc]
         prefetch = self._zero.overlap_comm and self._zero.stage3_prefetch_bucket_size != 0
         gather = gather_layers(kwargs["model"], self._trainer.model_wrapped, device=args.device, prefetch=prefetch)
         if gather is not None:
-            self._trainer.layer_gather = gather
             self._say(f"{len(gather.layers)} layers are gathered whole, {format_bytes(gather.largest_bytes)} each")
 
 

@@ -1,9 +1,10 @@
 """What each rank holds with sharded and with stock loading: the table of the sharding work, measured in one call.
 
-    python tests/benchmarks/sharding.py [--rows 8b,70b,405b,exact,cpu] [--out DIR]
+    python tests/benchmarks/sharding.py [--rows 8b,70b,405b,405b-long,exact,cpu] [--out DIR]
 
 ``8b``: 8 real ranks share one GPU over gloo, the 8B shape from a checkpoint on disk, stock and sharded in turn.
-``70b``, ``405b``: rank 0 of 8 as a rehearsal on one GPU, sequence 1024. ``exact``: ten steps of both loadings on it.
+``70b``, ``405b``: rank 0 of 8 as a rehearsal on one GPU, sequence 1024; ``405b-long``: 2 x 2048. ``exact``: ten steps
+of both loadings on it.
 ``cpu``: SmolLM2-135M on 2 CPU ranks, and the bytes each rank reads. Every row is a run of the package like any other;
 its figures are read from its traces (``allocated``: torch's allocator, GiB of the fullest rank).
 """

@@ -154,8 +154,10 @@ def test_the_engine_shards_what_was_whole(evaluated: Run) -> None:
         # Nearly half of it; the adapter, its optimizer's copy and the buckets came on top.
         assert table[rank, "ready"] < 0.75 * table[rank, "load"]
         assert table[rank, "step"] >= table[rank, "ready"]  # and the optimizer's state came
-    # gloo's thread lets go of the adapter's gathering (24 KiB here) a moment after the step: one rank may have it yet.
-    assert table[0, "step"] == pytest.approx(table[1, "step"], rel=0.1)
+    # gloo's thread lets go of the adapter's gathering a moment after a step: at some step's end each rank is without it.
+    frame = evaluated.memory().frame
+    ends = frame[(frame["event"] == "step_end") & (frame["step"] > 1)].groupby("rank")["allocated_bytes"].min()
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
 
 
 def test_metrics(plain: Run) -> None:

@@ -11,7 +11,6 @@ its recomputation, and let go when its input's gradient is there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,7 +37,6 @@ class LayerGather:
         """``layers`` in the order of the model; ``prefetch``: begin to gather the next while one is at work."""
         self.layers = layers
         self.watchers: list[Watcher] = []
-        self.wait_seconds = WaitClock()
         self._prefetches = prefetch
         # Learned in each forward: which layer follows which.
         self._next: dict[GatheredLayer, GatheredLayer] = {}
@@ -65,8 +63,7 @@ class LayerGather:
                 self._ahead.drop()
             self._ahead = None
         layer.begin()
-        with self.wait_seconds:
-            layer.wait()
+        layer.wait()
         following = (self._previous if in_backward else self._next).get(layer)
         if self._prefetches and following is not None and not following.is_begun:
             following.begin()
@@ -186,10 +183,8 @@ class GatheredLayer:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._gather.acquire(self, forward=True)
-        if (
-            not torch.is_grad_enabled() or self._in_backward
-        ):  # in backward: a recomputation, whose output nobody asks for
-            return
+        if not torch.is_grad_enabled() or self._in_backward:
+            return  # no backward, or a recomputation, whose output nobody asks for
         inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.requires_grad]
         self._is_let_go_by_input = bool(inputs)
         if len(inputs) == 1:
@@ -218,32 +213,6 @@ class GatheredLayer:
     def _leave_backward(self, *gradients: Any) -> None:
         self._in_backward = False
         self.drop()
-
-
-class WaitClock:
-    """Seconds that the arithmetic stood still for a gathering, while it is on; a context manager around each wait."""
-
-    def __init__(self) -> None:
-        """Off."""
-        self.is_on = False
-        self._intervals: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        if self.is_on:
-            self._begin = _now()
-
-    def __exit__(self, *unused: object) -> None:
-        if self.is_on:
-            self._intervals.append((self._begin, _now()))
-
-    def take_seconds(self) -> float:
-        """Their sum since the last call; on a GPU it waits for the last interval."""
-        intervals, self._intervals = self._intervals, []
-        if not torch.cuda.is_available():
-            return float(sum(after - before for before, after in intervals))
-        if intervals:
-            intervals[-1][1].synchronize()
-        return float(sum(before.elapsed_time(after) for before, after in intervals)) / 1000
 
 
 def gather_layers(model: nn.Module, engine: Any, *, device: torch.device, prefetch: bool) -> LayerGather | None:
@@ -368,11 +337,3 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _now() -> Any:
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

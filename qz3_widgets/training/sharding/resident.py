@@ -29,7 +29,6 @@ class ResidentParameters:
     def __init__(self, parameters: Sequence[Any], device: torch.device) -> None:
         """Collective: they are whole from now on."""
         self.parameters = tuple(parameters)
-        self._device = device
         waiting = [each for each in parameters if each.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         frozen = [each for each in waiting if not each.requires_grad]
         if frozen:

@@ -99,6 +99,10 @@ def test_offloaded_activations(make_config: MakeConfig, gpus: Capabilities, cpu:
     assert found(config, gpus) == {}
     issue = found(config, cpu)["activation-offload-on-cpu"]
     assert (issue.severity, issue.fix) == ("warning", {"training.activation_offload": False})
+    kept = make_config(training__activation_offload=True, training__activation_checkpointing="none")
+    issue = found(kept, gpus)["activation-offload-without-checkpointing"]
+    assert (issue.severity, issue.fix) == ("warning", {"training.activation_checkpointing": "non_reentrant"})
+    assert found(make_config(), cpu) == {}  # auto has nothing to say
 
 
 def test_types_that_the_device_lacks(make_config: MakeConfig, gpus: Capabilities, cpu: Capabilities) -> None:
