@@ -154,7 +154,7 @@ def test_the_engine_shards_what_was_whole(evaluated: Run) -> None:
         # Nearly half of it; the adapter, its optimizer's copy and the buckets came on top.
         assert table[rank, "ready"] < 0.75 * table[rank, "load"]
         assert table[rank, "step"] >= table[rank, "ready"]  # and the optimizer's state came
-    # gloo's thread lets go of the adapter's gathering a moment after a step: at some step's end each rank is without it.
+    # gloo's thread lets go of the adapter's gathering a moment after a step: at some step's end it is gone everywhere.
     frame = evaluated.memory().frame
     ends = frame[(frame["event"] == "step_end") & (frame["step"] > 1)].groupby("rank")["allocated_bytes"].min()
     assert ends[0] == pytest.approx(ends[1], rel=0.02)
