@@ -53,7 +53,11 @@ def demo_configs(machine: Capabilities | None = None, *, folder: Path | None = N
     """The demo's two runs on this machine: with weights and layers handled as released, and sharded."""
     place = default_cache_dir() if folder is None else folder
     base = for_machine(demo(), detect() if machine is None else machine)
-    base = with_changes(base, {"data.eval_source": str(place / HELD_OUT)})
+    model, data = (str(place / Path(name).name) for name in (base.model.name_or_path, base.data.source))
+    base = with_changes(
+        base,
+        {"model.name_or_path": model, "data.source": data, "data.eval_source": str(place / HELD_OUT)},
+    )
     released = {"model.load_strategy": "stock", "zero.release_gathered": False, "zero.shard_statistics": False}
     return with_changes(base, {"name": "demo-as-released", **released}), with_changes(base, {"name": "demo-sharded"})
 

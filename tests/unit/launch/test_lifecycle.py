@@ -231,6 +231,8 @@ def test_everything_killed_is_lost(plan: Plan, runs_dir: Path, behave: Behave) -
     for process in processes_of(run.layout.root):
         process.kill()
     wait_for(lambda: not processes_of(run.layout.root))
+    # A process that is being torn down has lost its command line, by which it is found here, before it is gone.
+    wait_for(lambda: run.state != "running")
     assert run.state == "lost"
     assert "without a result" in str(run.status.message)
 
