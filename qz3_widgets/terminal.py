@@ -201,10 +201,8 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         "steps": f"{summary['num_steps']} of {summary['max_steps'] or '?'}",
         "loss": loss_change(summary["first_loss"], summary["last_loss"]),
         "held-out loss": loss_change(summary["eval_loss_before"], summary["eval_loss_after"]),
-        "speed": "-"
-        if summary["tokens_per_second"] is None
-        else f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.2f} s a step",
-        "step": _parts(summary["step_parts"]),
+        "speed": _speed(summary),
+        "step": _parts(summary["step_parts"], summary["gather_wait_seconds"]),
         "time": f"{format_duration(summary['times']['total_seconds'])}, first step after "
         f"{format_duration(summary['times']['launch_to_first_step_seconds'])}",
     }
@@ -213,6 +211,8 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
         lines["start"] = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
     if summary["computed_settings"]:
         lines["computed"] = _computed(summary["computed_settings"])
+    if summary["chosen"]:
+        lines["chosen"] = _chosen(summary["chosen"])
     for name, value in lines.items():
         console.print(f"  {name:<14} {escape(value)}", highlight=False, soft_wrap=True)
     proof = summary["proof"]
@@ -221,9 +221,27 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     show_peaks(summary, console)
 
 
-def _parts(parts: Mapping[str, float]) -> str:
+def _speed(summary: Mapping[str, Any]) -> str:
+    """Tokens a second, of all devices and of each, and what that is of what they can do."""
+    if summary["step_seconds"] is None:
+        return "-"
+    told = [f"{summary['step_seconds']:.2f} s a step"]
+    if summary["model_flops_utilization"] is not None:
+        told.insert(0, f"{summary['model_flops_utilization']:.1%} of what the GPU can compute (MFU)")
+    per_device = summary["tokens_per_second_per_device"]
+    if per_device is not None and summary["tokens_per_second"] > per_device:
+        told.insert(0, f"{per_device:,.0f} on each device")
+    if summary["tokens_per_second"] is not None:
+        told.insert(0, f"{summary['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(told)
+
+
+def _parts(parts: Mapping[str, float], waiting: float | None) -> str:
     """Where the seconds of a step go."""
-    return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items()) or "-"
+    told = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items())
+    if told and waiting is not None:
+        told += f"; {waiting:.3g} s of it waiting for gathered weights"
+    return told or "-"
 
 
 def _computed(computed: Mapping[str, Any]) -> str:
@@ -232,6 +250,17 @@ def _computed(computed: Mapping[str, Any]) -> str:
     told += [f"{name.removeprefix('stage3_')} {number:,}" for name, number in computed["settings"].items()]
     source = f"from a layer of {computed['layer_elements']:,} elements and {computed['trainable_elements']:,} trainable"
     return f"{', '.join(told)} ({source})" if told else "nothing was left to the model's sizes"
+
+
+def _chosen(chosen: Mapping[str, Any]) -> str:
+    """What a run chose by itself beside DeepSpeed's settings, in one line."""
+    told = []
+    if "gathered_layers" in chosen:
+        size = format_bytes(chosen["gathered_layer_bytes"])
+        told.append(f"{chosen['gathered_layers']} layers are gathered whole, {size} each")
+    if "offloaded_activation_bytes" in chosen:
+        told.append(f"{format_bytes(chosen['offloaded_activation_bytes'])} of activations are kept in host memory")
+    return "; ".join(told) or "-"
 
 
 def _value(value: Any) -> str:

@@ -49,6 +49,8 @@ class Speed:
     tokens_per_second: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     """Seconds of ``data``, ``forward``, ``backward`` and ``optimizer``, as far as they are on record."""
+    gather_wait_seconds: float | None = None
+    """Within forward and backward, waiting for gathered weights; of the steps in which it was sampled."""
 
 
 def loss_curve(metrics: pd.DataFrame, *, span: int | None = None) -> pd.DataFrame:
@@ -128,7 +130,12 @@ def speed(metrics: pd.DataFrame) -> Speed:
     chosen = again if len(again) else steps
     parts = {name: _median(chosen[f"{name}_seconds"]) for name in STEP_PARTS}
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
-    return Speed(_median(chosen["step_seconds"]), _median(chosen["tokens_per_second"]), known)
+    return Speed(
+        _median(chosen["step_seconds"]),
+        _median(chosen["tokens_per_second"]),
+        known,
+        _median(chosen["gather_wait_seconds"]),
+    )
 
 
 def _latest(metrics: pd.DataFrame, event: str) -> pd.DataFrame:

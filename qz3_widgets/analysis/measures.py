@@ -8,11 +8,18 @@ from typing import Any, Literal
 
 from ..units import format_bytes, format_duration
 
-Kind = Literal["bytes", "seconds", "loss", "rate", "count"]
+Kind = Literal["bytes", "seconds", "loss", "rate", "count", "share"]
 Direction = Literal["lower", "higher"]
 
 # Below these relative differences two values count as the same: allocators and clocks are no finer.
-_TOLERANCE: dict[Kind, float] = {"bytes": 0.005, "seconds": 0.02, "rate": 0.02, "loss": 0.001, "count": 0.0}
+_TOLERANCE: dict[Kind, float] = {
+    "bytes": 0.005,
+    "seconds": 0.02,
+    "rate": 0.02,
+    "loss": 0.001,
+    "count": 0.0,
+    "share": 0.02,
+}
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,11 @@ class Measure:
         if self.kind == "bytes":
             return format_bytes(value)
         if self.kind == "seconds":
-            return f"{value:.2f} s" if self.name == "step_seconds" else format_duration(value)
+            return f"{value:.2f} s" if self.name in ("step_seconds", "gather_wait_seconds") else format_duration(value)
         if self.kind == "loss":
             return f"{value:.3f}"
+        if self.kind == "share":
+            return f"{value:.1%}"
         return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.3g}"
 
     def same(self, a: float, b: float) -> bool:
@@ -57,7 +66,10 @@ MEASURES: tuple[Measure, ...] = (
     Measure("last_loss", "last loss", "loss", "lower"),
     Measure("last_loss_smoothed", "last loss, smoothed", "loss", "lower"),
     Measure("tokens_per_second", "tokens per second", "rate", "higher", "step"),
+    Measure("tokens_per_second_per_device", "tokens per second and device", "rate", "higher", "step"),
+    Measure("model_flops_utilization", "model FLOPs utilization", "share", "higher", "step"),
     Measure("step_seconds", "seconds a step", "seconds", "lower", "step"),
+    Measure("gather_wait_seconds", "of it waiting for weights", "seconds", "lower", "step"),
     Measure("launch_to_first_step_seconds", "launch to first step", "seconds", "lower", "step"),
     Measure("total_seconds", "total time", "seconds", "lower"),
     Measure("num_steps", "steps", "count"),

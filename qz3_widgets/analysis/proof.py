@@ -59,6 +59,19 @@ class Proof:
         return dict(computed) if isinstance(computed, dict) else None
 
     @property
+    def flops_per_token(self) -> int | None:
+        """Floating-point operations of training for one token; as the lowest rank has counted them."""
+        first: Mapping[str, Any] = self.probes[min(self.probes)] if self.probes else {}
+        flops = first.get("flops")
+        return int(flops["per_token"]) if isinstance(flops, dict) and "per_token" in flops else None
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What the run chose by itself beside DeepSpeed's settings; as the lowest rank tells."""
+        first: Mapping[str, Any] = self.probes[min(self.probes)] if self.probes else {}
+        return dict(first.get("chosen") or {})
+
+    @property
     def is_known(self) -> bool:
         """Whether it is decided: it is proven, or something has failed. Otherwise something is not known (yet)."""
         return self.ok or any(check.outcome == "failed" for check in self.checks)

@@ -12,6 +12,7 @@ import pandas as pd
 from ..runs.status import Status
 from ..runs.store import Run
 from ..trace.reader import MemoryTrace
+from .device_peaks import peak_flops
 from .failure import find_failure
 from .loss import LossSummary, speed, summarize_loss
 from .memory import fullest, imbalance, peaks
@@ -40,6 +41,10 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
     proof = prove(run)
     top = fullest(table)
     capacity = trace.capacity_bytes
+    device_name = next((str(header.get("device_name")) for header in trace.headers.values()), None)
+    ranks = trace.world_size or (None if config is None else config.launch.num_processes)
+    devices = None if ranks is None else max(1, ranks // (1 if config is None else config.launch.ranks_per_gpu))
+    per_device = None if pace.tokens_per_second is None or devices is None else pace.tokens_per_second / devices
     return {
         "run_id": run.run_id,
         "name": run.run_id if config is None else config.name,
@@ -50,12 +55,12 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         "preset": _preset(run),
         "given": _given(run),
         "rehearsal": any(bool(header.get("rehearsal")) for header in trace.headers.values()),
-        "world_size": trace.world_size or (None if config is None else config.launch.num_processes),
+        "world_size": ranks,
         "missing_ranks": list(trace.missing_ranks),
         "num_damaged_lines": sum(trace.num_torn.values()),
         "num_attempts": max(trace.num_attempts, status.attempt),
         "device": trace.device,
-        "device_name": next((str(header.get("device_name")) for header in trace.headers.values()), None),
+        "device_name": device_name,
         "memory_source": next((str(header.get("source")) for header in trace.headers.values()), None),
         "capacity_bytes": min(capacity.values(), default=None),
         "ranks": [_rank(table, trace, rank) for rank in trace.ranks],
@@ -63,11 +68,15 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         "imbalance": imbalance(table).to_dict(orient="records"),
         **_losses(loss),
         "tokens_per_second": pace.tokens_per_second,
+        "tokens_per_second_per_device": per_device,
+        "model_flops_utilization": _utilization(per_device, proof.flops_per_token, device_name),
         "step_seconds": pace.step_seconds,
         "step_parts": dict(pace.parts),
+        "gather_wait_seconds": pace.gather_wait_seconds,
         "times": times(status, trace, table),
         "expected_against_measured": None,
         "computed_settings": proof.computed_settings,
+        "chosen": proof.chosen,
         "proof": proof.verdict(),
     }
 
@@ -148,6 +157,14 @@ def _losses(loss: LossSummary) -> dict[str, Any]:
         "eval_loss_best": plain["eval_best"],
         "first_nan_step": plain["first_nan_step"],
     }
+
+
+def _utilization(per_device: float | None, flops_per_token: int | None, device_name: str | None) -> float | None:
+    """The part of what a device can compute that goes into the model; ``None`` where one of the two is not known."""
+    peak = peak_flops(device_name)
+    if per_device is None or flops_per_token is None or peak is None:
+        return None
+    return per_device * flops_per_token / peak
 
 
 def _epoch(text: str | None) -> float | None:

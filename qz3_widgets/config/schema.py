@@ -276,6 +276,14 @@ class TrainingSection(Section):
         rare=True,
     )
 
+    profile_steps: PositiveInt | None = _f(
+        None,
+        "Write a torch profiler trace of so many steps, on each rank, to the run's trace folder; empty means none.",
+        unit="steps",
+        le=100,
+        rare=True,
+    )
+
     @field_validator("eval_steps")
     @classmethod
     def _patience_needs_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:

@@ -31,6 +31,7 @@ class _Bar:
     index: int
     step_seconds: float
     parts: dict[str, float]  # in their order in time
+    waiting: float | None  # within forward and backward, for gathered weights
 
     @property
     def total(self) -> float:
@@ -58,10 +59,12 @@ def plot_time(runs: Run | Sequence[Run], *, ax: Axes | None = None, index: int =
     for place, run in enumerate(chosen):
         pace = speed(run.metrics())
         if pace.step_seconds is not None and pace.parts:
-            bars.append(_Bar(labels[run.run_id], index + place, pace.step_seconds, dict(pace.parts)))
+            bars.append(
+                _Bar(labels[run.run_id], index + place, pace.step_seconds, dict(pace.parts), pace.gather_wait_seconds)
+            )
     data = pd.DataFrame(
-        [{"run": bar.label, "step_seconds": bar.step_seconds, **bar.parts} for bar in bars],
-        columns=["run", "step_seconds", *STEP_PARTS],
+        [{"run": bar.label, "step_seconds": bar.step_seconds, "gather_wait": bar.waiting, **bar.parts} for bar in bars],
+        columns=["run", "step_seconds", "gather_wait", *STEP_PARTS],
     )
     with styled():
         if not bars:
@@ -90,6 +93,12 @@ def _draw(ax: Axes, bars: Sequence[_Bar]) -> None:
         middle = len(bars) - number - 0.5
         y = middle * row
         put(ax, 0, y + row * 0.36, bar.label, weight="bold", color=run_text_color(bar.index))
+        if bar.waiting is not None:
+            share = bar.waiting / bar.total
+            text = f"{bar.waiting:.2g} s ({share:.0%}) of it waiting for gathered weights"
+            begin = text_width(bar.label) * 1.1 + 12  # the label is bold
+            if begin + text_width(text) <= width:
+                put(ax, begin, y + row * 0.36, text, color=color("muted"))
         left = 0.0
         for name, seconds in bar.parts.items():
             ax.barh(

@@ -102,6 +102,10 @@ class RunLayout:
         """Loss, learning rate and speed per step; written by rank 0."""
         return self.trace_dir / "metrics.jsonl"
 
+    def profile(self, rank: int) -> Path:
+        """The torch profiler's trace of one rank, where ``training.profile_steps`` asked for it."""
+        return self.trace_dir / f"profile.rank-{rank:05d}.json.gz"
+
     @property
     def probes_dir(self) -> Path:
         """The folder of the ranks' proofs."""

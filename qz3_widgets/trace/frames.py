@@ -33,6 +33,7 @@ _METRIC_FLOATS = (
     "forward_seconds",
     "backward_seconds",
     "optimizer_seconds",
+    "gather_wait_seconds",
     "tokens_per_second",
     "eval_loss",
     "eval_seconds",

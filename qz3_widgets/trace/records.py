@@ -98,6 +98,7 @@ class MetricsRecord(TypedDict, total=False):
     forward_seconds: float  # these on rank 0, over all micro-batches
     backward_seconds: float  # recomputation of activations included
     optimizer_seconds: float
+    gather_wait_seconds: float  # within forward and backward; only in sampled steps
     tokens_per_second: float  # all ranks together, this step
     eval_loss: float
     eval_seconds: float

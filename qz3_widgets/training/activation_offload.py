@@ -123,9 +123,9 @@ def checkpointed_bytes(config: RunConfig, model: nn.Module, element_size: int) -
 class ActivationOffloadCallback(TrainerCallback):  # type: ignore[misc]
     """Turns it on, once the model is wrapped and checkpointing is on."""
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
-        """``say`` prints on one rank."""
-        self._config, self._say = config, say
+    def __init__(self, config: RunConfig, say: Callable[[str], None], note: Callable[..., None]) -> None:
+        """``say`` prints on one rank, ``note`` puts what was chosen on record."""
+        self._config, self._say, self._note = config, say, note
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,4 +142,5 @@ class ActivationOffloadCallback(TrainerCallback):  # type: ignore[misc]
         offload = ActivationOffload(args.device)
         for module in layers:
             module._gradient_checkpointing_func = offload.around(module._gradient_checkpointing_func)
+        self._note(offloaded_activation_bytes=size)
         self._say(f"the inputs of layers are kept in host memory: {format_bytes(size)} a micro-batch")

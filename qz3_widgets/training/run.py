@@ -20,14 +20,16 @@ from . import model as models
 from .activation_offload import ActivationOffloadCallback
 from .arguments import checkpointing_kwargs, collective_timeout, sft_kwargs
 from .data import load_examples
+from .flops import count_flops
 from .operators import are_missing, prepare_cpu_operators
 from .probes.callback import ProbeCallback
 from .probes.probe import RankProbe
+from .profiler import ProfileCallback
 from .recorder import MemoryRecorder
 from .rehearsal import WithoutArithmetic, computes, connect_alone, random_examples
 from .session import RankIdentity
 from .sharding.embeddings import EmbeddingsCallback
-from .step_clock import StepClock
+from .step_clock import StepClock, WaitClock
 from .tokenizers import make_tokenizer
 from .trainer import EngineCallback, LayerGatherCallback, RecordedTrainer, RecordingCallback, make_callbacks
 from .zero_settings import apply_settings, computed_settings
@@ -89,10 +91,13 @@ class Work:
         trainer = self._make_trainer(peft_model, args, tokenizer, train, held_out)
         trainer.around_step = arithmetic
         if config.zero.zero_stage == 3 and config.zero.release_gathered:
-            trainer.add_callback(EmbeddingsCallback())
+            trainer.add_callback(EmbeddingsCallback(trainer.waits.waiting))
             if config.zero.fused_gather:
-                trainer.add_callback(LayerGatherCallback(trainer, config, self._say))
-        trainer.add_callback(ActivationOffloadCallback(config, self._say))
+                trainer.add_callback(LayerGatherCallback(trainer, config, self._say, probe))
+        trainer.add_callback(ActivationOffloadCallback(config, self._say, probe.chosen))
+        if config.training.profile_steps is not None:
+            path = self.layout.profile(self.identity.rank)
+            trainer.add_callback(ProfileCallback(path, config.training.profile_steps, self.device, self._say))
         trainer.add_callback(EngineCallback(trainer))
         trainer.add_callback(ProbeCallback(probe, engine=lambda: trainer.model_wrapped))
         self._settle(peft_model, args, probe)
@@ -109,6 +114,7 @@ class Work:
 
     def _settle(self, model: Any, args: SFTConfig, probe: RankProbe) -> None:
         """Compute what the configuration leaves to the model's sizes, before the engine is built."""
+        probe.counted(count_flops(model, self.config.data.max_length).to_json())
         if self.config.zero.zero_stage != 3:
             return
         computed = computed_settings(self.config, model, model.config.get_text_config().hidden_size)
@@ -141,11 +147,12 @@ class Work:
         self, model: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, train: Any, held_out: Any
     ) -> RecordedTrainer:
         evaluates = held_out is not None and self.config.training.eval_steps is not None
-        clock = StepClock(self.device)
+        clock, waits = StepClock(self.device), WaitClock(self.device)
         recording = RecordingCallback(
             self.recorder,
             self.metrics,
             clock,
+            waits,
             logging_steps=self.config.training.logging_steps,
             rehearsal=self.identity.rehearsal,
         )
@@ -158,7 +165,7 @@ class Work:
             callbacks=[recording, *make_callbacks(self.config, evaluates=evaluates)],
         )
         models.cast_adapter(self.config, model)
-        trainer.recorder, trainer.clock = self.recorder, clock
+        trainer.recorder, trainer.clock, trainer.waits = self.recorder, clock, waits
         trainer.remove_callback(PrinterCallback)  # our own callback prints, by logging_steps
         if len(trainer.train_dataset) == 0:
             raise ValueError(

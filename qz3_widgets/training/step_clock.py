@@ -12,6 +12,9 @@ import torch
 
 Part = Literal["forward", "backward", "optimizer", "other"]
 
+FIRST_SAMPLE, SAMPLE_EVERY = 3, 8
+"""Steps in which :class:`WaitClock` measures."""
+
 
 class StepClock:
     """Laps of one optimizer step after another.
@@ -47,7 +50,7 @@ class StepClock:
         seconds = {"data_seconds": self._data_seconds}
         for (_, before), (part, after) in zip(self._laps, self._laps[1:], strict=False):
             name = f"{part}_seconds"
-            seconds[name] = seconds.get(name, 0.0) + self._between(before, after)
+            seconds[name] = seconds.get(name, 0.0) + seconds_between(before, after, on_gpu=self._on_gpu)
         self._laps, self._data_seconds = [], 0.0
         return seconds
 
@@ -65,14 +68,79 @@ class StepClock:
         engine.step = timed_step
 
     def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return moment(on_gpu=self._on_gpu)
 
-    def _between(self, before: Any, after: Any) -> float:
-        if not self._on_gpu:
-            return float(after - before)
-        after.synchronize()
-        return float(before.elapsed_time(after)) / 1000
+
+class WaitClock:
+    """Seconds in which the computing waits for gathered weights, in a few steps of many: sampled, and so cheap.
+
+    The first sample is taken in step 3: the probes are at work in the first two.
+    """
+
+    def __init__(self, device: str) -> None:
+        """``device``: ``"cuda"`` or ``"cpu"``."""
+        self._on_gpu = device == "cuda"
+        self._is_on = False
+        self._laps: list[tuple[Any, Any]] = []
+        self._coordinator: Any = None
+
+    def begin_step(self, step: int) -> None:
+        """Step number ``step`` begins, counted from 1."""
+        self._laps = []
+        self._is_on = step == FIRST_SAMPLE or step % SAMPLE_EVERY == 0
+        if self._is_on and self._coordinator is not None:
+            fetch = self._coordinator.fetch_sub_module
+
+            @wraps(fetch)
+            def timed_fetch(*args: Any, **kwargs: Any) -> Any:
+                with self.waiting():
+                    return fetch(*args, **kwargs)
+
+            self._coordinator.fetch_sub_module = timed_fetch
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a place where what was gathered is waited for."""
+        if not self._is_on:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._laps.append((begin, self._now()))
+
+    def end_step(self) -> float | None:
+        """Seconds of this step; ``None`` if it was no sample, or nothing is ever gathered."""
+        if not self._is_on:
+            return None
+        self._is_on = False
+        if self._coordinator is not None:
+            self._coordinator.__dict__.pop("fetch_sub_module", None)
+        laps, self._laps = self._laps, []
+        return sum(seconds_between(*lap, on_gpu=self._on_gpu) for lap in laps) if laps else None
+
+    def watch(self, engine: Any) -> None:
+        """See what a ZeRO-3 engine of DeepSpeed fetches by itself: what is left to its own hooks."""
+        offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+        coordinator = None if offload is None else offload.get_param_coordinator()
+        if hasattr(coordinator, "fetch_sub_module"):
+            self._coordinator = coordinator
+
+    def _now(self) -> Any:
+        return moment(on_gpu=self._on_gpu)
+
+
+def moment(*, on_gpu: bool) -> Any:
+    """Now: on a GPU in the order of its queue, as an event that nobody waits for."""
+    if not on_gpu:
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before: Any, after: Any, *, on_gpu: bool) -> float:
+    """Between two results of :func:`moment`; waits until the GPU has come to the second."""
+    if not on_gpu:
+        return float(after - before)
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1000

@@ -20,9 +20,10 @@ from trl import SFTTrainer
 from ..config.schema import RunConfig
 from ..trace.records import MetricsRecord, TraceWriter
 from ..units import format_bytes
+from .probes.probe import RankProbe
 from .recorder import MemoryRecorder
 from .sharding.layers import gather_layers
-from .step_clock import StepClock
+from .step_clock import StepClock, WaitClock
 
 
 class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -30,6 +31,7 @@ class RecordedTrainer(SFTTrainer):  # type: ignore[misc]
 
     recorder: MemoryRecorder
     clock: StepClock
+    waits: WaitClock
     _ops_per_token: int | None = None
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -84,12 +86,13 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         recorder: MemoryRecorder,
         metrics: TraceWriter | None,
         clock: StepClock,
+        waits: WaitClock,
         *,
         logging_steps: int,
         rehearsal: bool = False,
     ) -> None:
         """``metrics`` is ``None`` on ranks other than 0; every ``logging_steps`` a line is printed."""
-        self._clock = clock
+        self._clock, self._waits = clock, waits
         self._parts: dict[str, float] = {}
         self._rehearsal = rehearsal
         self._recorder = recorder
@@ -114,6 +117,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self._recorder.begin_step(state.global_step + 1)
         self._step_began = time.monotonic()
         self._clock.begin_step()
+        self._waits.begin_step(state.global_step + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,6 +146,9 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
             # Here and not at the step's end: to log the loss, the Trainer has waited for the GPU.
             self._step_seconds = time.monotonic() - self._step_began
             self._parts = self._clock.end_step()
+            waited = self._waits.end_step()
+            if waited is not None:
+                self._parts["gather_wait_seconds"] = waited
         if self._metrics is None:
             return
         common: MetricsRecord = {
@@ -196,7 +203,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def _told_parts(self) -> MetricsRecord:
-        names = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+        names = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "gather_wait_seconds")
         return {name: round(self._parts[name], 6) for name in names if name in self._parts}  # type: ignore[return-value]
 
     def _append(self, record: MetricsRecord) -> None:
@@ -218,14 +225,17 @@ class EngineCallback(TrainerCallback):  # type: ignore[misc]
         engine = self._trainer.model_wrapped
         if self._trainer.is_deepspeed_enabled and hasattr(engine, "step"):
             self._trainer.clock.watch(engine)
+            self._trainer.waits.watch(engine)
 
 
 class LayerGatherCallback(TrainerCallback):  # type: ignore[misc]
     """Takes the decoder layers out of DeepSpeed's keeping as soon as the engine stands."""
 
-    def __init__(self, trainer: RecordedTrainer, config: RunConfig, say: Callable[[str], None]) -> None:
-        """``trainer`` makes the engine when training begins; ``say`` prints on one rank."""
-        self._trainer, self._zero, self._say = trainer, config.zero, say
+    def __init__(
+        self, trainer: RecordedTrainer, config: RunConfig, say: Callable[[str], None], probe: RankProbe
+    ) -> None:
+        """``trainer`` makes the engine when training begins; ``say`` prints on one rank; ``probe`` notes it."""
+        self._trainer, self._zero, self._say, self._probe = trainer, config.zero, say, probe
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,6 +244,8 @@ class LayerGatherCallback(TrainerCallback):  # type: ignore[misc]
         prefetch = self._zero.overlap_comm and self._zero.stage3_prefetch_bucket_size != 0
         gather = gather_layers(kwargs["model"], self._trainer.model_wrapped, device=args.device, prefetch=prefetch)
         if gather is not None:
+            gather.waiting = self._trainer.waits.waiting
+            self._probe.chosen(gathered_layers=len(gather.layers), gathered_layer_bytes=gather.largest_bytes)
             self._say(f"{len(gather.layers)} layers are gathered whole, {format_bytes(gather.largest_bytes)} each")
 
 

@@ -68,7 +68,7 @@ def ways_to_train(runs: Runs) -> dict[str, dict[str, Any]]:
         "offloaded": {**sharded, "zero__offload_param_device": "cpu", "training__max_steps": 4},
         "measure": {"training__max_steps": 10, **WARMUP},
         "reentrant": {"training__activation_checkpointing": "reentrant", **WARMUP},
-        "none": {"training__activation_checkpointing": "none", **WARMUP},
+        "none": {"training__activation_checkpointing": "none", "training__profile_steps": 1, **WARMUP},
         # Only the assistant's turns; in fp32, with a batch in two halves, and rows of other columns in between.
         "assistant": {
             "data__source": str(write_jsonl(runs.folder / "with ids.jsonl", with_ids)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qz3_widgets.analysis.summary import summarize
 from qz3_widgets.config.io import save_config
 from qz3_widgets.runs.store import Run, open_run
 from tests.conftest import Qz3
@@ -91,6 +93,28 @@ def test_two_runs_at_once(runs: Runs, tmp_path: Path) -> None:
     # One example has some 70 bytes, and a packed sequence holds three.
     per_step = {run.run_id: run.metrics()["num_tokens"].iloc[0] for run in (packed, pair)}
     assert per_step[packed.run_id] > 2 * per_step[pair.run_id]
+
+
+def test_a_profile_on_request(ways: dict[str, Run]) -> None:
+    run = ways["none"]
+    for rank in (0, 1):
+        with gzip.open(run.layout.profile(rank), "rt") as file:
+            names = {str(event.get("name")) for event in json.load(file)["traceEvents"]}
+        assert any("allgather" in name or "all_gather" in name for name in names)
+    assert not ways["measure"].layout.profile(0).exists()
+
+
+def test_where_the_time_went_is_on_record(ways: dict[str, Run]) -> None:
+    summary = summarize(ways["measure"])
+    parts = summary["step_parts"]
+    assert {"data", "forward", "backward", "optimizer"} == set(parts)
+    # Two sampled steps of ten, the third and the eighth; a rank waits within its forward and its backward.
+    waits = ways["measure"].metrics().query("event == 'step'").set_index("step")["gather_wait_seconds"].dropna()
+    assert list(waits.index) == [3, 8]
+    assert 0 < summary["gather_wait_seconds"] < summary["step_seconds"]
+    assert summary["tokens_per_second_per_device"] == pytest.approx(summary["tokens_per_second"] / 2)
+    assert summary["model_flops_utilization"] is None  # nobody knows what a CPU can do
+    assert summary["chosen"]["gathered_layers"] == 2
 
 
 def test_the_loss_counts_what_was_asked_for(ways: dict[str, Run], measure: dict[int, float]) -> None:

@@ -100,6 +100,14 @@ class RankProbe:
         """What the configuration left to the model's sizes, and what it was computed from; written with the next."""
         self.content["computed"] = computed
 
+    def counted(self, flops: dict[str, int]) -> None:
+        """Floating-point operations for a token (:mod:`..flops`); written with the next."""
+        self.content["flops"] = flops
+
+    def chosen(self, **what: Any) -> None:
+        """What the run chose by itself beside DeepSpeed's settings, by name; written with the next."""
+        self.content.setdefault("chosen", {}).update(what)
+
     def ready(self, model: nn.Module, engine: Any) -> None:
         """When the engine stands, before the first step."""
         watches = [0, 0, 0]

@@ -14,6 +14,7 @@ DeepSpeed as it is keeps both of them through a step, each as large as two and a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .partition import is_partitioned
 
+Waiting = Callable[[], contextlib.AbstractContextManager[Any]]
 
-def gather_head_when_read(model: Any) -> bool:
+
+def gather_head_when_read(model: Any, waiting: Waiting = contextlib.nullcontext) -> bool:
     """Take the output embedding of ``model`` out of DeepSpeed's keeping, once the engine stands.
 
     Args:
         model: the base model, whose forward computes the loss.
+        waiting: makes a context that is entered while the head is gathered.
 
     Returns:
         Whether it was done. A head that is trained, adapted or kept whole stays as DeepSpeed has it.
@@ -42,7 +46,7 @@ def gather_head_when_read(model: Any) -> bool:
         each.requires_grad or not is_partitioned(each) or getattr(each, "ds_persist", False) for each in parameters
     ):
         return False
-    gathered = _Gathered()
+    gathered = _Gathered(waiting)
     mine = _GatheredWhenRead(head, gathered)
     for name, parameter in head._parameters.items():
         mine[name] = parameter
@@ -75,19 +79,24 @@ def let_input_embedding_go(model: Any) -> int:
 class EmbeddingsCallback(TrainerCallback):  # type: ignore[misc]
     """Does both as soon as the engine stands."""
 
+    def __init__(self, waiting: Waiting = contextlib.nullcontext) -> None:
+        """``waiting`` makes a context that is entered while the head is gathered."""
+        self._waiting = waiting
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The engine stands; there was no forward yet."""
         base = kwargs["model"].get_base_model()
-        gather_head_when_read(base)
+        gather_head_when_read(base, self._waiting)
         let_input_embedding_go(base)
 
 
 class _Gathered:
     """The parameters that were gathered for the loss at hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
         self._parameters: list[Any] = []
 
     def gather(self, parameter: Any) -> None:
@@ -97,7 +106,8 @@ class _Gathered:
             parameter.data = part.view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         else:
-            parameter.all_gather()
+            with self._waiting():
+                parameter.all_gather()
         self._parameters.append(parameter)
 
     def release(self, *unused: Any) -> None:

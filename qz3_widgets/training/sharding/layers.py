@@ -12,6 +12,7 @@ its recomputation, and let go when its input's gradient is there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class LayerGather:
         """``layers`` in the order of the model; ``prefetch``: begin to gather the next while one is at work."""
         self.layers = layers
         self.watchers: list[Watcher] = []
+        self.waiting: Callable[[], AbstractContextManager[Any]] = nullcontext  # around every wait for a layer
         self._prefetches = prefetch
         # Learned in each forward: which layer follows which.
         self._next: dict[GatheredLayer, GatheredLayer] = {}
@@ -63,7 +65,8 @@ class LayerGather:
                 self._ahead.drop()
             self._ahead = None
         layer.begin()
-        layer.wait()
+        with self.waiting():
+            layer.wait()
         following = (self._previous if in_backward else self._next).get(layer)
         if self._prefetches and following is not None and not following.is_begun:
             following.begin()

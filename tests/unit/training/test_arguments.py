@@ -110,6 +110,7 @@ READ_BY_THE_RANK = {
     "zero.shard_statistics": "training/loading/sharded.py",
     "training.max_duration_seconds": "training/trainer.py",
     "training.memory_sample_seconds": "training/main.py",
+    "training.profile_steps": "training/run.py",
     "training.logging_steps": "training/run.py",
     "launch.timeout_seconds": "training/arguments.py",
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qz3_widgets.training import step_clock
-from qz3_widgets.training.step_clock import StepClock
+from qz3_widgets.training.step_clock import StepClock, WaitClock
 
 
 class Time:
@@ -91,3 +91,53 @@ def test_the_engines_own_step_is_the_optimizers(time: Time) -> None:
 
 def test_a_step_without_laps_has_only_its_data() -> None:
     assert StepClock("cpu").end_step() == {"data_seconds": 0.0}
+
+
+class Coordinator:
+    """Fetches in two seconds."""
+
+    def __init__(self, time: Time) -> None:
+        self.time = time
+
+    def fetch_sub_module(self, module: str, forward: bool) -> str:
+        self.time.passes(2)
+        return f"{module} {forward}"
+
+
+def engine_of(coordinator: Any) -> Any:
+    offload = SimpleNamespace(get_param_coordinator=lambda: coordinator)
+    return SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=offload))
+
+
+def test_waiting_is_sampled_in_few_steps(time: Time) -> None:
+    waits = WaitClock("cpu")
+    found = {}
+    for step in range(1, 18):
+        waits.begin_step(step)
+        for seconds in (0.5, 0.25):
+            with waits.waiting():
+                time.passes(seconds)
+        found[step] = waits.end_step()
+    assert {step for step, seconds in found.items() if seconds is not None} == {3, 8, 16}
+    assert found[3] == found[16] == 0.75
+
+
+def test_where_nothing_is_gathered_there_is_no_figure(time: Time) -> None:
+    waits = WaitClock("cpu")
+    waits.begin_step(3)
+    assert waits.end_step() is None
+
+
+def test_what_deepspeed_fetches_by_itself_counts_and_is_left_as_it_was(time: Time) -> None:
+    waits, coordinator = WaitClock("cpu"), Coordinator(time)
+    waits.watch(engine_of(coordinator))
+    waits.watch(SimpleNamespace(optimizer=None))  # another engine, without ZeRO-3, changes nothing
+    waits.begin_step(3)
+    assert coordinator.fetch_sub_module("layer", forward=True) == "layer True"
+    with waits.waiting():
+        time.passes(1)
+    assert waits.end_step() == 3
+    assert "fetch_sub_module" not in vars(coordinator)
+    waits.begin_step(4)
+    coordinator.fetch_sub_module("layer", forward=False)
+    assert waits.end_step() is None

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qz3_widgets.trace.records import TraceWriter
-from qz3_widgets.training.step_clock import StepClock
+from qz3_widgets.training.step_clock import StepClock, WaitClock
 from qz3_widgets.training.trainer import RecordingCallback
 
 
@@ -17,7 +17,7 @@ def _num_tokens(folder: Path, history: list[dict[str, Any]], *counts: int) -> tu
     """Log steps with TRL's ``counts`` behind a checkpoint's ``history``: what is recorded, and kept for the next."""
     path = folder / "metrics.jsonl"
     writer = TraceWriter(path, {})
-    callback = RecordingCallback(None, writer, StepClock("cpu"), logging_steps=1)  # type: ignore[arg-type]
+    callback = RecordingCallback(None, writer, StepClock("cpu"), WaitClock("cpu"), logging_steps=1)  # type: ignore[arg-type]
     args, control = TrainingArguments(output_dir=str(folder), use_cpu=True), TrainerControl()
     state = TrainerState(log_history=[dict(entry) for entry in history], max_steps=10)
     callback.on_train_begin(args, state, control)
