@@ -6,13 +6,19 @@ import hashlib
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.paths import default_cache_dir
 from ..config.schema import RunConfig
+from ..config.strategy import resolve_load_strategy
 from ..runs.layout import RunLayout
 from ..trace.records import MemoryHeader, TraceWriter
 from .session import RankIdentity, RankSession
+
+if TYPE_CHECKING:
+    from .meters import Meter
 
 
 def main(run_dir: Path, *, resume: bool = False) -> None:
@@ -54,7 +60,6 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
     warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
 
-    from .meters import make_meter
     from .recorder import MemoryRecorder
 
     identity = session.identity
@@ -63,16 +68,11 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
     local_gpu = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_gpu)
-    meter = make_meter(device, local_gpu, default_cache_dir())
-    header: MemoryHeader = {
-        **identity.header(),  # type: ignore[typeddict-item]
-        "device": meter.device,
-        "device_name": meter.device_name,
-        "capacity_bytes": meter.capacity_bytes,
-        "source": meter.source,
-    }
-    writer = TraceWriter(layout.memory_trace(identity.rank), header, started=identity.pid_created)
-    recorder = MemoryRecorder(writer, meter, sample_seconds=config.training.memory_sample_seconds)
+    (writer, meter), *beside = traces_of(
+        layout, identity, meters_of(config, device, local_gpu, torch.cuda.device_count() if device == "cuda" else 0)
+    )
+    seconds = config.training.memory_sample_seconds
+    recorder = MemoryRecorder(writer, meter, sample_seconds=seconds, beside=beside)
     session.on_end = recorder.end
     session.on_signal = recorder.write_end
     recorder.mark("phase_begin")
@@ -82,6 +82,33 @@ def _train(config: RunConfig, layout: RunLayout, session: RankSession, *, resume
     from .run import Work
 
     Work(config, layout, recorder, metrics, device=device, resume=resume, identity=identity).run()
+
+
+def meters_of(config: RunConfig, device: str, local_gpu: int, num_gpus: int) -> list[Meter]:
+    """What this process is measured by: its device, and for a model that is spread over all GPUs each of them."""
+    from .meters import make_meter
+
+    spread = device == "cuda" and resolve_load_strategy(config) == "device_map"
+    gpus = range(max(1, num_gpus)) if spread else (local_gpu,)
+    return [make_meter(device, gpu, default_cache_dir()) for gpu in gpus]
+
+
+def traces_of(layout: RunLayout, identity: RankIdentity, meters: Sequence[Meter]) -> list[tuple[TraceWriter, Meter]]:
+    """A memory trace for each meter. Where there are several, each device has the place that a rank has elsewhere."""
+    traces = []
+    for place, meter in enumerate(meters):
+        header: MemoryHeader = {
+            **identity.header(),  # type: ignore[typeddict-item]
+            "device": meter.device,
+            "device_name": meter.device_name,
+            "capacity_bytes": meter.capacity_bytes,
+            "source": meter.source,
+        }
+        if len(meters) > 1:
+            header |= {"rank": place, "local_rank": place, "world_size": len(meters)}
+        path = layout.memory_trace(header["rank"])
+        traces.append((TraceWriter(path, header, started=identity.pid_created), meter))
+    return traces
 
 
 def _metrics_writer(layout: RunLayout, identity: RankIdentity) -> TraceWriter | None:

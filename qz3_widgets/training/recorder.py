@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
 
 from ..trace.records import MemoryRecord, Outcome, Phase, TraceWriter
-from .meters import Meter
+from .meters import Meter, Reading
 
 
 class MemoryRecorder:
@@ -19,10 +20,23 @@ class MemoryRecorder:
     Every record carries the largest ``allocated_bytes`` since the record before it, so no peak falls between two.
     """
 
-    def __init__(self, writer: TraceWriter, meter: Meter, *, sample_seconds: float) -> None:
-        """Begin in phase ``start``; sampling begins with :meth:`start_sampling`."""
-        self._writer = writer
-        self._meter = meter
+    def __init__(
+        self,
+        writer: TraceWriter,
+        meter: Meter,
+        *,
+        sample_seconds: float,
+        beside: Sequence[tuple[TraceWriter, Meter]] = (),
+    ) -> None:
+        """Begin in phase ``start``; sampling begins with :meth:`start_sampling`.
+
+        Args:
+            writer: the trace of the rank's device.
+            meter: reads it.
+            sample_seconds: time between two samples.
+            beside: traces of further devices of the same process, which get the same records.
+        """
+        self._traces = ((writer, meter), *beside)
         self._sample_seconds = sample_seconds
         self._phase: Phase = "start"
         self._step = 0
@@ -56,7 +70,8 @@ class MemoryRecorder:
 
     def adopt(self, model: torch.nn.Module) -> None:
         """See that the tensors of a model just loaded are counted."""
-        self._meter.adopt(model)
+        for _, meter in self._traces:
+            meter.adopt(model)
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
         """End the phase under way and begin ``phase``."""
@@ -101,21 +116,28 @@ class MemoryRecorder:
     def mark(self, event: str) -> None:
         """Write one record now."""
         with self._lock:
-            reading = self._meter.read()
-            self._allocated_bytes = reading.allocated_bytes
-            record: MemoryRecord = {
-                "kind": "memory",
-                "phase": self._phase,
-                "step": self._step,
-                "event": event,
-                "allocated_bytes": reading.allocated_bytes,
-                "reserved_bytes": reading.reserved_bytes,
-                "peak_allocated_bytes": reading.peak_allocated_bytes,
-                "device_used_bytes": reading.device_used_bytes,
+            host = {
                 "host_rss_bytes": self._process.memory_info().rss,
                 "host_used_bytes": psutil.virtual_memory().used,
             }
-            self._writer.append(record)
+            for place, (writer, meter) in enumerate(self._traces):
+                reading = meter.read()
+                if place == 0:
+                    self._allocated_bytes = reading.allocated_bytes
+                writer.append(self._record(event, reading) | host)
+
+    def _record(self, event: str, reading: Reading) -> dict[str, Any]:
+        record: MemoryRecord = {
+            "kind": "memory",
+            "phase": self._phase,
+            "step": self._step,
+            "event": event,
+            "allocated_bytes": reading.allocated_bytes,
+            "reserved_bytes": reading.reserved_bytes,
+            "peak_allocated_bytes": reading.peak_allocated_bytes,
+            "device_used_bytes": reading.device_used_bytes,
+        }
+        return dict(record)
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Stop sampling and write the last record; later calls do nothing."""
@@ -128,9 +150,8 @@ class MemoryRecorder:
     def write_end(self, outcome: Outcome, error: str | None) -> None:
         """Write the end record alone: for a signal handler's thread, which must not wait for a reading."""
         self._stopped.set()
-        self._writer.append(
-            {"kind": "end", "phase": self._phase, "step": self._step, "outcome": outcome, "error": error}
-        )
+        for writer, _ in self._traces:
+            writer.append({"kind": "end", "phase": self._phase, "step": self._step, "outcome": outcome, "error": error})
 
     def _sample(self) -> None:
         while not self._stopped.wait(self._sample_seconds):

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/steps.py [--variants floor,ours,stock,fsdp2] [--sizes 1x1024,4x2048] [--steps 20]
         [--set FIELD=VALUE] [--out DIR]
+    python tests/benchmarks/steps.py --device cpu    # SmolLM2-135M on 2 CPU ranks: stock and ours, 4x128 and 1x64
 
 One GPU, NCCL with one rank, the 8B shape from a checkpoint of random weights on disk, LoRA r 16 on all linear layers,
 activation checkpointing, the same texts in the same order. All but ``fsdp2`` are runs of the package; that one is TRL's
@@ -118,6 +119,26 @@ def run_peer(checkpoint: Path, lines: Path, size: str, steps: int) -> dict[str, 
     return found
 
 
+def run_on_cpu(size: str, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """One run of the demo's model and dialogues on two CPU ranks."""
+    from sharding import SCRATCH, follow
+
+    from qz3_widgets.config.changes import with_changes
+    from qz3_widgets.demo import demo_configs, prepare_demo
+    from qz3_widgets.launch.process import start
+    from qz3_widgets.plan.plan import make_plan
+
+    batch, length = (int(part) for part in size.split("x"))
+    sharded = demo_configs(folder=prepare_demo())[1]
+    fields = {
+        "data.max_length": length, "data.eval_source": None, "data.eval_fraction": 0.0, "launch.device": "cpu",
+        "training.per_device_train_batch_size": batch, "training.max_steps": steps, "training.eval_on_start": False,
+        "training.lr_scheduler_type": "constant", "training.memory_sample_seconds": 0.5,
+    }  # fmt: skip
+    run = start(make_plan(with_changes(sharded, {**fields, **changes})), runs_dir=SCRATCH / "runs")
+    return with_parts(run, follow(run, 900.0))
+
+
 def run_ours(checkpoint: Path, lines: Path, size: str, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One run of the package."""
     from sharding import SCRATCH, follow
@@ -136,18 +157,25 @@ def run_ours(checkpoint: Path, lines: Path, size: str, steps: int, changes: dict
         "training.memory_sample_seconds": 0.5, "launch.num_processes": 1, "launch.device": "cuda",
     }  # fmt: skip
     run = start(make_plan(with_changes(RunConfig(), {**base, **changes})), runs_dir=SCRATCH / "runs")
-    figures = follow(run, 560.0)
+    return with_parts(run, follow(run, 560.0))
+
+
+def with_parts(run: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """``figures`` with the medians of a step's parts."""
     table = run.metrics().query("event == 'step'")
-    for part in ("data", "forward", "backward", "optimizer"):
-        figures[f"{part}_seconds"] = float(table[f"{part}_seconds"].iloc[WARM_UP:].median())
+    for part in ("data", "forward", "backward", "optimizer", "gather_wait"):
+        known = table[f"{part}_seconds"].iloc[WARM_UP:].dropna()
+        if len(known):
+            figures[f"{part}_seconds"] = float(known.median())
     return figures
 
 
 def main() -> None:
     """Measure, and print a table for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--sizes", default="1x1024,4x2048", help="micro-batch x tokens")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--variants", default=None, help="all of them; on the CPU stock and ours")
+    parser.add_argument("--sizes", default=None, help="micro-batch x tokens: 1x1024,4x2048, on the CPU 4x128,1x64")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="for 'ours'")
@@ -162,24 +190,30 @@ def main() -> None:
     import yaml
     from sharding import SCRATCH, make_checkpoint, texts
 
+    on_cpu = options.device == "cpu"
+    sizes = (options.sizes or ("4x128,1x64" if on_cpu else "1x1024,4x2048")).split(",")
+    variants = (options.variants or ("stock,ours" if on_cpu else ",".join(VARIANTS))).split(",")
+    base = variants[0] if on_cpu else "floor"
     SCRATCH.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     checkpoint = SCRATCH / options.shape
-    if not (checkpoint / "model.safetensors.index.json").exists():
+    if not on_cpu and not (checkpoint / "model.safetensors.index.json").exists():
         make_checkpoint(checkpoint, options.shape)
     lines = texts(SCRATCH / "texts.jsonl", count=256)
     given = {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in options.set)}
     results: dict[str, dict[str, Any]] = {}
-    for size in options.sizes.split(","):
+    for size in sizes:
         results[size] = {}
-        for variant in options.variants.split(","):
-            if variant == "fsdp2":
+        for variant in variants:
+            changes = {**VARIANTS[variant], **(given if variant == "ours" else {}), "name": f"steps-{variant}"}
+            if on_cpu:
+                found = run_on_cpu(size, options.steps, changes)
+            elif variant == "fsdp2":
                 found = run_peer(checkpoint, lines, size, options.steps)
             else:
-                changes = {**VARIANTS[variant], **(given if variant == "ours" else {}), "name": f"steps-{variant}"}
                 found = run_ours(checkpoint, lines, size, options.steps, changes)
             results[size][variant] = found
-            print(size, variant, json.dumps(line_of(found, results[size].get("floor"))), flush=True)
+            print(size, variant, json.dumps(line_of(found, results[size].get(base))), flush=True)
             if options.out is not None:
                 options.out.mkdir(parents=True, exist_ok=True)
                 (options.out / "steps.json").write_text(json.dumps(results, indent=2))

@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from qz3_widgets.config.changes import with_changes
+from qz3_widgets.config.schema import RunConfig
+from qz3_widgets.runs.layout import RunLayout
+from qz3_widgets.trace.reader import read_memory
 from qz3_widgets.trace.records import TraceWriter
+from qz3_widgets.training.main import meters_of, traces_of
 from qz3_widgets.training.meters import Reading
 from qz3_widgets.training.recorder import MemoryRecorder
+from qz3_widgets.training.session import RankIdentity
 
 Make = Callable[..., MemoryRecorder]
 
@@ -118,3 +124,38 @@ def test_the_end_is_written_once(path: Path, make: Make) -> None:
     last = _records(path)[-1]
     assert (last["kind"], last["outcome"], last["error"]) == ("end", "failed", "ValueError: no")
     assert [record["kind"] for record in _records(path)].count("end") == 1
+
+
+def test_a_process_with_several_devices_has_a_trace_for_each(tmp_path: Path) -> None:
+    identity = RankIdentity(0, 0, 1, "here", 1, 0.0, rehearsal=False)
+    layout = RunLayout(tmp_path)
+    meters = [_Meter(), _Meter(), _Meter()]
+    for place, meter in enumerate(meters):
+        meter.device, meter.count = f"cuda:{place}", 1000 * place  # type: ignore[misc]
+    (writer, meter), *beside = traces_of(layout, identity, meters)  # type: ignore[arg-type]
+    recorder = MemoryRecorder(writer, meter, sample_seconds=60, beside=beside)
+    recorder.enter("load")
+    recorder.end("succeeded")
+    trace = read_memory(tmp_path)
+    assert (trace.ranks, trace.world_size, trace.missing_ranks) == ((0, 1, 2), 3, ())
+    assert [header["device"] for header in trace.headers.values()] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert {rank: end["outcome"] for rank, end in trace.ends.items()} == dict.fromkeys(range(3), "succeeded")
+    most = trace.frame.groupby("rank")["allocated_bytes"].max()
+    assert [round(size, -3) for size in most] == [0, 1000, 2000]
+    assert recorder.allocated_bytes < 1000
+
+
+def test_one_device_keeps_its_rank(tmp_path: Path) -> None:
+    identity = RankIdentity(3, 1, 4, "here", 1, 0.0, rehearsal=False)
+    ((writer, _),) = traces_of(RunLayout(tmp_path), identity, [_Meter()])  # type: ignore[list-item]
+    assert writer.path == RunLayout(tmp_path).memory_trace(3)
+
+
+def test_only_a_spread_model_is_measured_on_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qz3_widgets.training.meters.make_meter", lambda device, gpu, _: f"{device}:{gpu}")
+    spread = with_changes(
+        RunConfig(), {"model.load_strategy": "device_map", "zero.zero_stage": 0, "launch.num_processes": 1}
+    )
+    assert meters_of(spread, "cuda", 0, 3) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert meters_of(spread, "cpu", 0, 0) == ["cpu:0"]
+    assert meters_of(RunConfig(), "cuda", 1, 2) == ["cuda:1"]
