@@ -1,0 +1,242 @@
+"""What the memory model predicts against what is measured: the cases, the runs, and a table beside this script.
+
+    python tests/benchmarks/memory_model.py [--device cpu|cuda] [--cases tuned|held-out|NAME,...] [--at-once 2]
+    python tests/benchmarks/memory_model.py --cases ""      # only print the errors of what the table holds
+
+Every case is a rehearsal of one rank (on a CPU without arithmetic, where memory alone is taken), or, where it says
+``ranks``, a run of real ranks. Its figures are ``settled_bytes`` and ``peak_bytes`` of the phases load, ready and step
+(:func:`qz3_widgets.analysis.memory.peaks`). Cases of the set ``held-out`` were never looked at while the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("memory_model.csv")
+SCRATCH = Path(tempfile.gettempdir()) / "qz3-memory-model"
+PHASES = ("load", "ready", "step")
+COLUMNS = ("case", "set", "device", "device_name", "world_size", "real_ranks", "changes", "measured")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration to measure."""
+
+    name: str
+    shape: str  # what stands after random:
+    world_size: int
+    size: str  # micro-batch x tokens
+    changes: dict[str, Any] = field(default_factory=dict)
+    held_out: bool = False
+    ranks: bool = False  # real ones, that share the device
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of the configuration."""
+        batch, length = (int(part) for part in self.size.split("x"))
+        return {
+            "model.name_or_path": f"random:{self.shape}",
+            "data.max_length": length,
+            "training.per_device_train_batch_size": batch,
+            **self.changes,
+        }
+
+
+R, CKPT, TARGETS = "lora.r", "training.activation_checkpointing", "lora.target_modules"
+CPU_CASES = (
+    Case("1b-1", "llama-3.2-1b@2", 1, "1x512"),
+    Case("1b-4", "llama-3.2-1b@4", 4, "1x1024"),
+    Case("1b-8", "llama-3.2-1b", 8, "2x512"),
+    Case("3b-2", "llama-3.2-3b@4", 2, "1x2048"),
+    Case("8b-8", "llama-3.1-8b@4", 8, "1x1024"),
+    Case("8b-8-long", "llama-3.1-8b@4", 8, "4x2048"),
+    Case("8b-1", "llama-3.1-8b@2", 1, "1x1024"),
+    Case("8b-4", "llama-3.1-8b@4", 4, "1x4096"),
+    Case("8b-reentrant", "llama-3.1-8b@4", 8, "1x1024", {CKPT: "reentrant"}),
+    Case("8b-none", "llama-3.1-8b@2", 8, "1x1024", {CKPT: "none"}),
+    Case("8b-r128", "llama-3.1-8b@4", 8, "1x1024", {R: 128}),
+    Case("8b-plain-scales", "llama-3.1-8b@4", 8, "1x1024", {"quantization.bnb_4bit_use_double_quant": False}),
+    Case("8b-qv", "llama-3.1-8b@4", 8, "1x1024", {TARGETS: ["q_proj", "v_proj"], R: 8}),
+    Case("8b-accumulated", "llama-3.1-8b@4", 8, "1x1024", {"training.gradient_accumulation_steps": 3}),
+    Case("8b-whole-scales", "llama-3.1-8b@4", 8, "1x1024", {"zero.shard_statistics": False}),
+    Case("8b-retained", "llama-3.1-8b@4", 8, "1x1024", {"zero.release_gathered": False}),
+    Case("8b-unfused", "llama-3.1-8b@4", 8, "1x1024", {"zero.fused_gather": False}),
+    Case("8b-no-prefetch", "llama-3.1-8b@4", 8, "1x1024", {"zero.stage3_prefetch_bucket_size": 0}),
+    Case("70b-8", "llama-3.1-70b@2", 8, "1x1024"),
+    Case("405b-8", "llama-3.1-405b@2", 8, "1x1024"),
+    Case("405b-4-long", "llama-3.1-405b@2", 4, "2x2048"),
+    Case("qwen3-4", "qwen3-8b@4", 4, "1x1024"),
+    Case("gemma-8", "gemma-3-27b@2", 8, "1x1024"),
+    Case("mixtral-8", "mixtral-8x7b@2", 8, "1x1024"),
+    Case("qwen3-moe-8", "qwen3-30b-a3b@2", 8, "1x512"),
+    Case("mistral-2", "mistral-7b@4", 2, "1x2048", held_out=True),
+    Case("qwen3-32b-8", "qwen3-32b@2", 8, "1x1024", held_out=True),
+    Case("3b-4-r64", "llama-3.2-3b@6", 4, "2x1024", {R: 64}, held_out=True),
+    Case("8b-2-short", "llama-3.1-8b@3", 2, "8x512", held_out=True),
+    Case("gemma-2", "gemma-3-27b@2", 2, "1x2048", held_out=True),
+    Case("405b-8-long", "llama-3.1-405b@3", 8, "1x2048", held_out=True),
+    Case("70b-4", "llama-3.1-70b@3", 4, "2x1024", held_out=True),
+    Case("qwen3-14b-8192", "qwen3-14b@4", 8, "1x8192", held_out=True),
+    Case("mixtral-4", "mixtral-8x7b@2", 4, "2x512", held_out=True),
+    Case("1b-2-none", "llama-3.2-1b@8", 2, "1x512", {CKPT: "none"}, held_out=True),
+    Case("8b-attention", "llama-3.1-8b@4", 8, "1x1024", {TARGETS: ["q_proj", "k_proj", "v_proj", "o_proj"], R: 32},
+         held_out=True),
+)  # fmt: skip
+
+
+def config_of(fields: dict[str, Any], device: str) -> Any:
+    """The configuration of a case."""
+    from qz3_widgets.config.changes import with_changes
+    from qz3_widgets.config.schema import RunConfig
+
+    common = {"name": "memory-model", "launch.device": device, "training.memory_sample_seconds": 0.5}
+    return with_changes(RunConfig(), {**common, **fields})
+
+
+def begin(case: Case, device: str) -> Any:
+    """Start a case."""
+    from qz3_widgets.launch.process import start
+    from qz3_widgets.plan.plan import make_plan
+    from qz3_widgets.plan.rehearsal import make_rehearsal
+
+    config = config_of(case.fields(), device)
+    if case.ranks:
+        from qz3_widgets.config.changes import with_changes
+
+        ranks = {"launch.num_processes": case.world_size, "launch.ranks_per_gpu": case.world_size}
+        steps = {"training.max_steps": 3, "data.eval_fraction": 0.0, "data.source": str(_texts())}
+        plan = make_plan(with_changes(config, {**ranks, **steps}))
+    else:
+        plan = make_rehearsal(config, case.world_size, steps=3)
+    return start(plan, runs_dir=SCRATCH / "runs")
+
+
+def _texts() -> Path:
+    from sharding import texts
+
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    return texts(SCRATCH / "texts.jsonl")
+
+
+def read(case: Case, device: str, run: Any) -> dict[str, str]:
+    """A line of the table."""
+    from qz3_widgets.analysis.memory import peaks
+
+    trace = run.memory()
+    table = peaks(trace)
+    measured = {}
+    for phase in PHASES:
+        rows = table[table["phase"] == phase]
+        measured[phase] = {name: int(rows[name].max()) for name in ("settled_bytes", "peak_bytes")}
+    (header, *_) = trace.headers.values()
+    return {
+        "case": case.name,
+        "set": "held-out" if case.held_out else "tuned",
+        "device": device,
+        "device_name": str(header["device_name"]),
+        "world_size": str(case.world_size),
+        "real_ranks": str(int(case.ranks)),
+        "changes": json.dumps(case.fields()),
+        "measured": json.dumps(measured),
+    }
+
+
+def load_table(path: Path = TABLE) -> list[dict[str, str]]:
+    """The lines that are there."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def save_table(rows: list[dict[str, str]], path: Path = TABLE) -> None:
+    """Write all lines, in the order of devices and cases."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(cases: list[Case], device: str, at_once: int, out: Path) -> None:
+    """Run the cases, some at a time; each line is written as soon as it is there."""
+    waiting, running = list(cases), []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            case = waiting.pop(0)
+            running.append((case, begin(case, device)))
+        time.sleep(0.5)
+        for case, run in [pair for pair in running if pair[1].status.has_ended]:
+            running.remove((case, run))
+            if run.state != "succeeded":
+                print(f"{case.name}: {run.status.error}\n{run.tail_log(num_lines=30)}", file=sys.stderr, flush=True)
+                continue
+            row = read(case, device, run)
+            rows = [each for each in load_table(out) if (each["case"], each["device"]) != (case.name, device)]
+            save_table([*rows, row], out)
+            print(case.name, row["measured"], flush=True)
+
+
+def errors(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str, int, int]]:
+    """(case, set, phase, figure, predicted, measured) of every figure."""
+    from qz3_widgets.plan.memory import forecast
+    from qz3_widgets.plan.shapes import model_shape
+
+    found = []
+    for row in rows:
+        config = config_of(json.loads(row["changes"]), row["device"])
+        predicted = forecast(
+            config, model_shape(config), device=row["device"], world_size=int(row["world_size"]),
+            rehearsal=row["real_ranks"] == "0",
+        )  # fmt: skip
+        for phase, figures in json.loads(row["measured"]).items():
+            for name, measured in figures.items():
+                value = getattr(predicted.phases[phase], name)
+                found.append((row["case"], row["set"], phase, name, value, measured))
+    return found
+
+
+def report(rows: list[dict[str, str]]) -> None:
+    """Print the errors of each case, and what they are on average and at worst."""
+    found = errors(rows)
+    cases: dict[str, list[str]] = {}
+    for case, _, phase, name, predicted, measured in found:
+        text = f"{phase}.{name[:4]} {100 * (predicted / measured - 1):+6.2f}% ({measured / 2**20:9.1f})"
+        cases.setdefault(case, []).append(text)
+    for case, texts in cases.items():
+        print(f"{case:<16} {'  '.join(texts)}")
+    for which in ("tuned", "held-out"):
+        for name in ("settled_bytes", "peak_bytes"):
+            each = [abs(p / m - 1) for _, own, _, figure, p, m in found if own == which and figure == name]
+            if each:
+                mean, worst = 100 * sum(each) / len(each), 100 * max(each)
+                print(f"{which} {name}: mean {mean:.2f} %, worst {worst:.2f} %, {len(each)} figures")
+
+
+def main() -> None:
+    """Measure what was asked for, then report on all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", default="tuned")
+    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    options = parser.parse_args()
+    all_cases = CPU_CASES
+    names = options.cases.split(",")
+    chosen = [
+        case for case in all_cases
+        if options.cases == ("held-out" if case.held_out else "tuned") or case.name in names
+    ]  # fmt: skip
+    measure(chosen, options.device, options.at_once, options.table)
+    report([row for row in load_table(options.table) if row["device"] == options.device])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    main()
