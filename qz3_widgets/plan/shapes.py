@@ -278,9 +278,7 @@ def _cache_path(request: _Request) -> Path:
 
 
 def _ask(requests: Sequence[_Request]) -> list[dict[str, Any]]:
-    asked = [
-        {"values": each.values, "skip_modules": each.skip_modules, "quantize": each.quantize} for each in requests
-    ]
+    asked = [{"values": each.values, "skip_modules": each.skip_modules, "quantize": each.quantize} for each in requests]
     # -P: what happens to lie in the working directory is not imported; the package is found where this one is.
     root = str(Path(__file__).resolve().parents[2])
     code = f"import sys; sys.path.insert(0, {root!r}); from {__package__}.shape_reader import main; main()"

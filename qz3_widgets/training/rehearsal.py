@@ -51,6 +51,19 @@ def computes() -> bool:
     return os.environ.get("QZ3_REHEARSAL_ARITHMETIC", "1") != "0"
 
 
+def take_the_loss_as_on_a_gpu() -> None:
+    """Give the fused loss the memory on a CPU that its kernels take on a GPU: none beside the tile of logits.
+
+    TRL's stand-ins for these kernels make ten copies of a tile in fp32, and outweigh the rest of a step by far.
+    """
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *args, **kwargs: None
+    chunked_logprob._addmm_fp32 = lambda *args: None
+    utils._use_triton = lambda device: True  # only tokens that count are scored; the kernels themselves stay away
+
+
 class WithoutArithmetic(TorchDispatchMode):
     """Operators on large floating-point tensors give memory of the right size and unknown content.
 
@@ -175,5 +188,10 @@ def _stand_ins() -> dict[Any, Callable[..., Any]]:
 
 
 _KEPT = frozenset(
-    {torch.ops.aten.set_.source_Tensor, torch.ops.aten.resize_.default, torch.ops.aten.record_stream.default}
+    {
+        torch.ops.aten.set_.source_Tensor,
+        torch.ops.aten.resize_.default,
+        torch.ops.aten.record_stream.default,
+        torch.ops.aten._unsafe_view.default,  # a view that does not say so
+    }
 )

@@ -26,7 +26,7 @@ from .probes.callback import ProbeCallback
 from .probes.probe import RankProbe
 from .profiler import ProfileCallback
 from .recorder import MemoryRecorder
-from .rehearsal import WithoutArithmetic, computes, connect_alone, random_examples
+from .rehearsal import WithoutArithmetic, computes, connect_alone, random_examples, take_the_loss_as_on_a_gpu
 from .session import RankIdentity
 from .sharding.embeddings import EmbeddingsCallback
 from .step_clock import StepClock, WaitClock
@@ -79,6 +79,7 @@ class Work:
         recorder.enter("load")
         if not computes():
             self._say("a rehearsal without arithmetic: memory is taken, and nothing is computed")
+            take_the_loss_as_on_a_gpu()
         probe = RankProbe(config, self.layout, recorder, self.identity)
         arithmetic = nullcontext if computes() else WithoutArithmetic
         with arithmetic():

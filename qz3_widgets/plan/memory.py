@@ -1,0 +1,453 @@
+"""The memory model: what each rank's allocator will hold, at load, when ready, and in a step; settled and at its peak.
+
+A phase's figures mean what :func:`qz3_widgets.analysis.memory.peaks` measures: bytes that torch's allocator has handed
+out, ``settled`` at the end of the phase, ``peak`` the most at once. What comes on top of the allocator (the CUDA
+context, NCCL, fragmentation) is :mod:`.overhead`'s. The terms are in :mod:`.state` (what is held between steps) and
+:mod:`.layer_pass` (what a layer takes while it computes); this module puts them together, moment by moment, and takes the
+fullest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config.schema import RunConfig
+from .layer_pass import LayerPass, saved_by_a_layer
+from .shapes import Block, ModelShape, Weight
+from .sizes import Sizes
+from .state import NOISE_BYTES, Components, Setting, after_a_step, loaded, parts_of, ready
+from .tape import Tape
+
+PHASES = ("load", "ready", "step")
+
+LOSS_TOKENS, LOSS_WORDS = 4096, 32768
+"""Logits that exist at once: TRL's tile of tokens by vocabulary (``trl/kernels/chunked_logprob.py``)."""
+
+WORTHWHILE = 1 / 25
+"""``training.activation_offload: auto`` offloads what takes more than this part of the GPU's memory."""
+
+STATED_ERROR: Mapping[str, float] = {"settled": 0.01, "peak": 0.08}
+"""How far a measured figure may be from the predicted one before it means that something is wrong."""
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """One rank in one phase, by component; components are named in :data:`LABELS`."""
+
+    settled: Mapping[str, int]
+    peak: Mapping[str, int]
+    moment: str  # at which the peak is, in words
+
+    @property
+    def settled_bytes(self) -> int:
+        """At the end of the phase."""
+        return sum(self.settled.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most at once."""
+        return sum(self.peak.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``qz3 plan --json`` tells it; ``components`` add up to the peak."""
+        return {
+            "settled_bytes": self.settled_bytes,
+            "peak_bytes": self.peak_bytes,
+            "components": {name: size for name, size in self.peak.items() if size},
+            "settled_components": {name: size for name, size in self.settled.items() if size},
+            "moment": self.moment,
+        }
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """All phases of a rank. ZeRO-3's parts are of equal size, so all ranks are alike."""
+
+    phases: Mapping[str, PhaseForecast]
+    num_ranks: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest phase."""
+        return max(phase.peak_bytes for phase in self.phases.values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase with the largest peak."""
+        return max(self.phases, key=lambda name: self.phases[name].peak_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """By phase."""
+        return {name: phase.to_json() for name, phase in self.phases.items()}
+
+
+LABELS: Mapping[str, str] = {
+    "weights_4bit": "4-bit weights",
+    "statistics": "quantization statistics",
+    "weights_16bit": "16-bit weights",
+    "kept_whole": "small parameters, whole",
+    "adapter": "LoRA",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "reduce_bucket": "reduce bucket",
+    "gathered_layers": "gathered layers",
+    "retained_layers": "layers that are not let go",
+    "embeddings": "embedding and head, gathered",
+    "dequantized": "dequantized weight",
+    "activations": "checkpointed activations",
+    "working_set": "a layer's working set",
+    "logits": "logits and loss",
+    "loading": "what the load passes through",
+    "batch": "batch",
+    "buffers": "buffers",
+    "noise": "noise of random weights",
+    "whole_model": "model before it is partitioned",
+}
+"""Component to what it is called; in the order in which they are shown."""
+
+_DEQUANTIZED = ("dequantized", "packed copy", "scales copy", "scales")
+
+
+def forecast(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    device: Literal["cpu", "cuda"],
+    world_size: int,
+    capacity_bytes: int | None = None,
+    rehearsal: bool = False,
+) -> Forecast:
+    """What each rank of a run will hold.
+
+    Args:
+        config: the run.
+        shape: its model's.
+        device: where the ranks run; allocators round differently.
+        world_size: ranks over all machines.
+        capacity_bytes: of a rank's device; decides what ``training.activation_offload: auto`` does.
+        rehearsal: whether one rank plays; its collectives copy nothing.
+    """
+    setting = Setting(config, shape, Sizes.of(config, device, world_size), rehearsal)
+    start, engine, stepped = loaded(setting), ready(setting), after_a_step(setting)
+    moments = step_moments(setting, stepped, offloads=offloads_activations(setting, capacity_bytes))
+    fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
+    load_peak, load_moment = _load_peak(setting, start)
+    ready_peak, ready_moment = _ready_peak(setting, start, engine)
+    return Forecast(
+        phases={
+            "load": PhaseForecast(start, load_peak, load_moment),
+            "ready": PhaseForecast(engine, ready_peak, ready_moment),
+            "step": PhaseForecast(stepped, moments[fullest], fullest),
+        },
+        num_ranks=world_size,
+    )
+
+
+def offloads_activations(setting: Setting, capacity_bytes: int | None) -> bool:
+    """Whether the inputs of layers go to the host (``training.activation_offload``)."""
+    wanted, training = setting.config.training.activation_offload, setting.config.training
+    if setting.sizes.device != "cuda" or training.activation_checkpointing == "none" or wanted is False:
+        return False
+    if wanted is True:
+        return True
+    return capacity_bytes is not None and _activation_bytes(setting) > WORTHWHILE * capacity_bytes
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Tokens of a micro-batch, if all examples are of full length."""
+    return config.training.per_device_train_batch_size * config.data.max_length
+
+
+def _activation_bytes(setting: Setting) -> int:
+    elements = setting.shape.num_layers * tokens_of(setting.config) * setting.shape.fact("hidden_size")
+    return elements * setting.compute_bytes
+
+
+# --- The load -----------------------------------------------------------------------------------------------------------
+
+
+def _load_peak(setting: Setting, settled: Components) -> tuple[Components, str]:
+    """Sharded: parameters in the order of their names, each on top of those before it. Stock: the whole model."""
+    sizes = setting.sizes
+    largest = max((weight for weight, _ in setting.shape.weights()), key=lambda weight: weight.numel)
+    if setting.strategy != "sharded":
+        if setting.is_random:
+            # Random weights are made whole, in 16 bit, before they are quantized.
+            whole = sum(
+                sizes.rounded(weight.numel * sizes.dtype_bytes) * count for weight, count in setting.shape.weights()
+            )
+            return {"loading": whole, **_only(settled, "noise")} | _grown(
+                setting, settled
+            ), "the last weight is quantized"
+        passing = sizes.rounded(largest.numel * sizes.dtype_bytes)
+        return {**settled, "loading": passing}, "the largest weight passes through"
+    return _fullest_while_sharding(setting, settled)
+
+
+def _fullest_while_sharding(setting: Setting, settled: Components) -> tuple[Components, str]:
+    """Each parameter passes through as one rank's part in 16 bit, on top of what has been loaded before it.
+
+    From a file the part is the parameter's own memory (of a 4-bit weight, it is quantized from it); random weights are
+    a piece of a pool that is repeated, and its product with their spread.
+    """
+    sizes = setting.sizes
+    total = sum(settled.values())
+    still_to_come = sum(
+        sum(map(sizes.rounded, parts_of(setting, weight).values())) * count for weight, count in setting.shape.weights()
+    )
+    before = {"loading": 0, **settled}
+    best, moment = total, "the model is loaded"
+    for weight, count in _in_order(setting.shape):
+        own = sum(map(sizes.rounded, parts_of(setting, weight).values()))
+        part = weight.numel / setting.num_ranks * sizes.dtype_bytes
+        if setting.is_random:
+            passing = 2 * part + NOISE_BYTES / 2
+        else:
+            passing = part + (2 * sum(parts_of(setting, weight).values()) if weight.quantized else 0)
+        still_to_come -= own * (count - 1)
+        if setting.offloads_parameters:
+            held = total
+        else:
+            held = total - still_to_come
+        if held + passing > best:
+            best, moment = math.ceil(held + passing), f"{weight.name} passes through"
+        still_to_come -= own
+    for held, exchanged, scales in _exchanges(setting, total):
+        if held + exchanged > best:
+            best, moment = math.ceil(held + exchanged), f"the scales of {scales:,} blocks are exchanged"
+    # What is not loaded yet at that moment makes room for what passes through.
+    scale = min(1.0, sum(settled.values()) / best)
+    if best > total:
+        before = {name: math.floor(size * scale) for name, size in settled.items()}
+        before["loading"] = best - sum(before.values())
+    return before, moment
+
+
+EXCHANGE_SCALES = 2**22
+"""Scales of a rank that are exchanged together (``training.sharding.quantizer``)."""
+
+EXCHANGE_BYTES = 12
+"""For each of them while they are exchanged: fp32 until then (4), in bf16 once to send, in the order of the receivers, as
+they arrive, and in order again (2 each); see ``training.sharding.scales``."""
+
+
+def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, int, int]]:
+    """(held before, taken meanwhile, scales) of the last exchange, and of the last full one."""
+    sizes = setting.sizes
+    weights = [(weight, count) for weight, count in setting.shape.weights() if weight.quantized]
+    num_scales = sum(sizes.num_scales(weight.numel) * count for weight, count in weights)
+    own = num_scales // setting.num_ranks
+    if own == 0:
+        return
+    statistics = sum(parts_of(setting, weight)["statistics"] * count for weight, count in weights)
+    nested = sum(sum(sizes.nested(weight.numel)) * count for weight, count in weights)
+    last = own % EXCHANGE_SCALES or EXCHANGE_SCALES
+    whole = 0 if setting.shards_statistics else 6 * setting.num_ranks  # everybody's, in bf16 and in fp32
+    for scales, missing in ((last, 0), (EXCHANGE_SCALES if own > EXCHANGE_SCALES else 0, last)):
+        # Before the exchange these statistics are not there, nor is what is loaded after it.
+        without = (statistics + nested) * (scales + missing) // own
+        later = total * missing // own if missing else 0
+        yield total - without - later, (EXCHANGE_BYTES + whole) * scales, scales
+
+
+def _in_order(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
+    """Parameters in the order in which transformers loads them, by name; of like layers the last."""
+    stacks = sorted({block.stack for block in shape.blocks})
+    first = stacks[0] if stacks else ""
+    for weight in sorted(shape.outside, key=lambda each: each.name):
+        if weight.name < first:
+            yield weight, 1
+    for block in shape.blocks:
+        for weight in sorted(block.weights, key=lambda each: each.name):
+            yield weight, block.count
+    for weight in sorted(shape.outside, key=lambda each: each.name):
+        if weight.name >= first:
+            yield weight, 1
+
+
+def _grown(setting: Setting, settled: Components) -> Components:
+    return {name: size for name, size in settled.items() if name in ("weights_4bit", "statistics")}
+
+
+def _only(components: Components, *names: str) -> Components:
+    return {name: components[name] for name in names if name in components}
+
+
+# --- From the load to the engine ------------------------------------------------------------------------------------------
+
+
+def _ready_peak(setting: Setting, start: Components, engine: Components) -> tuple[Components, str]:
+    """The adapter is attached whole, in fp32; the engine stands; layers are laid side by side; the adapter is gathered."""
+    sizes, width = setting.sizes, setting.compute_bytes
+    moments = {
+        "the adapter is attached": {**start, "adapter": sizes.rounded(setting.num_trained * 4)},
+        "the engine stands": {name: size for name, size in engine.items() if name != "batch"},
+    }
+    stands = moments["the engine stands"]
+    resident = setting.adapter_is_resident and setting.zero3
+    whole = sizes.rounded(setting.num_ranks * setting.num_trained_here * width) if resident else 0
+    if resident and setting.num_ranks > 1:
+        own = sizes.rounded(setting.num_trained_here * width)
+        moments["the adapter is gathered"] = {**stands, "loading": whole + own}
+    if setting.fused:
+        layer = max(_side_by_side(setting, block) for block in setting.shape.blocks)
+        laid = {**stands, "adapter": stands["adapter"] - whole, "loading": layer}
+        moments["a layer's parts are laid side by side"] = laid
+    fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return moments[fullest], fullest
+
+
+def _side_by_side(setting: Setting, block: Block) -> int:
+    return sum(
+        size
+        for weight in block.weights
+        if weight.quantized or not setting.persists(weight)
+        for size in parts_of(setting, weight).values()
+    )
+
+
+# --- A step -----------------------------------------------------------------------------------------------------------
+
+
+def step_moments(setting: Setting, stepped: Components, *, offloads: bool) -> dict[str, Components]:
+    """The moments of a step that can be its fullest, each with all that is held then."""
+    moments = {"the loss": _at_the_loss(setting, stepped, offloads=offloads)}
+    for block in {block.kind: block for block in setting.shape.main}.values():
+        moments[f"the backward of a {block.kind}"] = _in_a_backward(setting, stepped, block, offloads=offloads)
+    moments["the optimizer's step"] = _at_the_optimizer(setting, stepped)
+    return moments
+
+
+def _held(setting: Setting, stepped: Components) -> Components:
+    return dict(stepped)
+
+
+def _activations(setting: Setting, *, offloads: bool) -> int:
+    """Inputs of all layers, or everything that their forward saves, and what all layers share."""
+    config, sizes = setting.config, setting.sizes
+    tokens, width = tokens_of(config), setting.compute_bytes
+    hidden = sizes.rounded(tokens * setting.shape.fact("hidden_size") * width)
+    if config.training.activation_checkpointing == "none":
+        total = sum(saved_by_a_layer(setting, block, tokens) * block.count for block in setting.shape.main)
+    else:
+        # Offloaded ones come back one ahead: the one in use and the next.
+        total = hidden * (min(3, setting.shape.num_layers) if offloads else setting.shape.num_layers)
+    shared = 2 * sizes.rounded(tokens * setting.shape.fact("head_dim") * width) + 3 * sizes.rounded(tokens * 8)
+    return total + shared
+
+
+def whole_layer(setting: Setting, block: Block) -> int:
+    """A layer's frozen parameters while they are gathered: all ranks' parts, padding included."""
+    if setting.num_ranks == 1 or not setting.zero3:
+        return 0
+    parts = sum(
+        size
+        for weight in block.weights
+        if not (setting.persists(weight) and not weight.quantized)
+        for size in parts_of(setting, weight).values()
+    )
+    return setting.sizes.rounded(setting.num_ranks * parts)
+
+
+def _gathered(setting: Setting, block: Block) -> Components:
+    """The layer at work, the next one ahead, and copies of what is not ours to read in place."""
+    if not setting.zero3:
+        return {}
+    whole = whole_layer(setting, block)
+    ahead = setting.config.zero.overlap_comm and setting.config.zero.stage3_prefetch_bucket_size != 0
+    found: Components = {"gathered_layers": whole * (2 if ahead and setting.shape.num_layers > 1 else 1)}
+    if setting.fused and setting.num_ranks > 1:
+        foreign = [each for each in block.weights if not each.quantized and not setting.persists(each)]
+        found["gathered_layers"] += sum(
+            setting.sizes.rounded(each.numel * setting.sizes.dtype_bytes) for each in foreign
+        )
+    if not setting.lets_go:
+        found["retained_layers"] = _retained(setting)
+    return found
+
+
+def _retained(setting: Setting) -> int:
+    """As released: every packed weight that was gathered in the forward stays until its layer's backward."""
+    if setting.num_ranks == 1:
+        return 0
+    sizes = setting.sizes
+    return sum(
+        sizes.rounded(sizes.packed(weight.numel) * sizes.storage_bytes) * block.count
+        for block in setting.shape.main
+        for weight in block.weights
+        if weight.quantized
+    )
+
+
+def _in_a_backward(setting: Setting, stepped: Components, block: Block, *, offloads: bool) -> Components:
+    """The last layer's backward: all inputs of layers are there still, and it is computed again before."""
+    tokens = tokens_of(setting.config)
+    tape = Tape(setting.sizes.rounded)
+    tape.take("gradient", tokens * setting.shape.fact("hidden_size") * setting.compute_bytes)
+    layer = LayerPass(setting, block, tape, tokens)
+    recomputed = setting.config.training.activation_checkpointing != "none"
+    activations = _activations(setting, offloads=offloads)
+    layer.forward(saves=True)
+    if not recomputed:
+        # Its forward is over, and what it saved counts among the activations.
+        activations -= sum(size for name, size in tape.held.items() if name.startswith("saved"))
+        tape = _only_saved(setting, tape)
+        layer = LayerPass(setting, block, tape, tokens)
+    layer.backward()
+    working = dict(tape.at_peak)
+    dequantized = sum(working.pop(name, 0) for name in _DEQUANTIZED)
+    return {
+        **_held(setting, stepped),
+        **_gathered(setting, block),
+        "activations": activations,
+        "dequantized": dequantized,
+        "working_set": sum(working.values()),
+    }
+
+
+def _only_saved(setting: Setting, before: Tape) -> Tape:
+    tape = Tape(setting.sizes.rounded)
+    for name, size in before.held.items():
+        if name.startswith("saved") or name == "gradient":
+            tape.take(name, size)
+    return tape
+
+
+def head_bytes(setting: Setting, weight: Weight | None) -> int:
+    """The head while it is gathered; of a single rank, or without ZeRO-3, it is where it always is."""
+    if weight is None or setting.num_ranks == 1 or not setting.zero3 or setting.persists(weight):
+        return 0
+    sizes = setting.sizes
+    return sizes.rounded(setting.num_ranks * sizes.part(weight.numel, sizes.dtype_bytes))
+
+
+def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Components:
+    """The backward of the loss: the head, a tile of logits, and the hidden states, their copy and their gradient."""
+    shape, sizes, width = setting.shape, setting.sizes, setting.compute_bytes
+    tokens, hidden = tokens_of(setting.config), shape.fact("hidden_size")
+    states = sizes.rounded(tokens * hidden * width)
+    tile = min(tokens, LOSS_TOKENS) * min(LOSS_WORDS, max(shape.fact("vocab_size"), LOSS_WORDS)) * width
+    norm = sizes.rounded(tokens * hidden * 4) if width != 4 else 0
+    # The norm's copy of the last layer's output in fp32, its result, those of its tokens that count, and the gradient of
+    # these in fp32.
+    kept = norm + 2 * states
+    gradient = sizes.rounded(tokens * hidden * 4)
+    return {
+        **_held(setting, stepped),
+        "embeddings": head_bytes(setting, shape.head),
+        "activations": _activations(setting, offloads=offloads),
+        "logits": sizes.rounded(tile) + kept + gradient,
+        "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
+    }
+
+
+def _at_the_optimizer(setting: Setting, stepped: Components) -> Components:
+    """The gradients of a rank's part in fp32; then the parts of all ranks, brought together."""
+    trained = setting.num_trained_here
+    if setting.offloads_optimizer:
+        return dict(stepped)
+    once = setting.sizes.rounded(trained * 4)
+    return {**_held(setting, stepped), "gradients": stepped.get("gradients", 0) + 2 * once}
