@@ -94,19 +94,57 @@ def render(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int | None, typer.Option(help="Imagine so many GPUs, one for each rank.", min=1)] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of each imagined GPU, GiB.", min=0.1)
+    ] = None,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Predict each rank's memory by phase and component: does it fit, what takes it, what to change. Starts nothing.
+
+    Exit code 1 if it does not fit.
+    """
+    from .analysis.learned import learn
+    from .plan.imagined import on_imagined
+    from .plan.plan import make_plan
+    from .plan.prospect import prospect
+    from .terminal_plan import show_prospect
+
+    wanted = _load(config, overrides)
+    made = make_plan(wanted) if gpus is None and gpu_memory is None else on_imagined(wanted, gpus, gpu_memory)
+    found = prospect(made, overhead=learn(runs_dir, made.device, made.world_size))
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        show_prospect(found, out, command=_words(config, overrides))
+    raise typer.Exit(0 if found.fit.fits else 1)
+
+
+@app.command()
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
     runs_dir: RunsDir = Path("runs"),
     detach: Detach = False,
+    even_if_too_large: Annotated[
+        bool, typer.Option("--even-if-too-large", help="Start it even if the plan says that it does not fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a run and follow it to its end. Ctrl-C stops it; what it recorded stays."""
     from .launch.process import start
     from .plan.plan import make_plan
+    from .plan.prospect import refuse_if_too_large
 
     plan = make_plan(_load(config, overrides))
     _show_issues(plan.issues)
+    if not even_if_too_large:
+        plan.raise_if_blocked()
+        refuse_if_too_large(plan)
     _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
 
 
@@ -281,6 +319,11 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     name = str(path)
     given = preset(name) if name in PRESETS and not path.exists() else load_config(path)
     return apply_overrides(given, overrides or [])
+
+
+def _words(config: Path, overrides: list[str] | None) -> str:
+    """The arguments that name a configuration, as they are typed."""
+    return " ".join(shlex.quote(word) for word in (str(config), *(f"--set={each}" for each in overrides or [])))
 
 
 def _open(name: str, runs_dir: Path) -> Any:

@@ -19,6 +19,7 @@ from .memory import fullest, imbalance, peaks
 from .names import config_of
 from .proof import prove
 from .startup import startup_parts
+from .truth import compare_with_expected
 
 _PHASE_BYTES = ("settled_bytes", "peak_bytes", "reserved_peak_bytes", "device_peak_bytes", "host_peak_bytes")
 
@@ -74,7 +75,7 @@ def summarize(run: Run, *, trace: MemoryTrace | None = None) -> dict[str, Any]:
         "step_parts": dict(pace.parts),
         "gather_wait_seconds": pace.gather_wait_seconds,
         "times": times(status, trace, table),
-        "expected_against_measured": None,
+        "expected_against_measured": compare_with_expected(run, table),
         "computed_settings": proof.computed_settings,
         "chosen": proof.chosen,
         "proof": proof.verdict(),

@@ -1,7 +1,7 @@
 """What one decoder layer takes while it computes: its recomputation and its backward, tensor by tensor.
 
-Written down from transformers' decoder layers (norms that compute in fp32, attention by ``sdpa``, a gated feed-forward or
-fused experts), PEFT's adapted layers in our lean form, and our 4-bit layer, in the order in which they take and give
+Written down from transformers' decoder layers (norms that compute in fp32, attention by ``sdpa``, a gated feed-forward
+or fused experts), PEFT's adapted layers in our lean form, and our 4-bit layer, in the order in which they take and give
 back memory on a :class:`~.tape.Tape`. ``t`` is tokens of a micro-batch, ``e`` bytes of an element of activations.
 """
 

@@ -3,8 +3,8 @@
 A phase's figures mean what :func:`qz3_widgets.analysis.memory.peaks` measures: bytes that torch's allocator has handed
 out, ``settled`` at the end of the phase, ``peak`` the most at once. What comes on top of the allocator (the CUDA
 context, NCCL, fragmentation) is :mod:`.overhead`'s. The terms are in :mod:`.state` (what is held between steps) and
-:mod:`.layer_pass` (what a layer takes while it computes); this module puts them together, moment by moment, and takes the
-fullest.
+:mod:`.layer_pass` (what a layer takes while it computes); this module puts them together, moment by moment, and takes
+the fullest.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _activation_bytes(setting: Setting) -> int:
     return elements * setting.compute_bytes
 
 
-# --- The load -----------------------------------------------------------------------------------------------------------
+# --- The load ---------------------------------------------------------------------------------------------------------
 
 
 def _load_peak(setting: Setting, settled: Components) -> tuple[Components, str]:
@@ -179,9 +179,8 @@ def _load_peak(setting: Setting, settled: Components) -> tuple[Components, str]:
             whole = sum(
                 sizes.rounded(weight.numel * sizes.dtype_bytes) * count for weight, count in setting.shape.weights()
             )
-            return {"loading": whole, **_only(settled, "noise")} | _grown(
-                setting, settled
-            ), "the last weight is quantized"
+            grown = _only(settled, "noise", "weights_4bit", "statistics")
+            return {"loading": whole, **grown}, "the last weight is quantized"
         passing = sizes.rounded(largest.numel * sizes.dtype_bytes)
         return {**settled, "loading": passing}, "the largest weight passes through"
     return _fullest_while_sharding(setting, settled)
@@ -208,10 +207,7 @@ def _fullest_while_sharding(setting: Setting, settled: Components) -> tuple[Comp
         else:
             passing = part + (2 * sum(parts_of(setting, weight).values()) if weight.quantized else 0)
         still_to_come -= own * (count - 1)
-        if setting.offloads_parameters:
-            held = total
-        else:
-            held = total - still_to_come
+        held = total if setting.offloads_parameters else total - still_to_come
         if held + passing > best:
             best, moment = math.ceil(held + passing), f"{weight.name} passes through"
         still_to_come -= own
@@ -230,8 +226,8 @@ EXCHANGE_SCALES = 2**22
 """Scales of a rank that are exchanged together (``training.sharding.quantizer``)."""
 
 EXCHANGE_BYTES = 12
-"""For each of them while they are exchanged: fp32 until then (4), in bf16 once to send, in the order of the receivers, as
-they arrive, and in order again (2 each); see ``training.sharding.scales``."""
+"""For each of them while they are exchanged: fp32 until then (4), in bf16 once to send, in the order of the receivers,
+as they arrive, and in order again (2 each); see ``training.sharding.scales``."""
 
 
 def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, int, int]]:
@@ -268,19 +264,15 @@ def _in_order(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
             yield weight, 1
 
 
-def _grown(setting: Setting, settled: Components) -> Components:
-    return {name: size for name, size in settled.items() if name in ("weights_4bit", "statistics")}
-
-
 def _only(components: Components, *names: str) -> Components:
     return {name: components[name] for name in names if name in components}
 
 
-# --- From the load to the engine ------------------------------------------------------------------------------------------
+# --- From the load to the engine ------------------------------------------------------------------------------------
 
 
 def _ready_peak(setting: Setting, start: Components, engine: Components) -> tuple[Components, str]:
-    """The adapter is attached whole, in fp32; the engine stands; layers are laid side by side; the adapter is gathered."""
+    """The adapter is attached whole, in fp32; the engine stands; layers are laid side by side; the adapter gathered."""
     sizes, width = setting.sizes, setting.compute_bytes
     moments = {
         "the adapter is attached": {**start, "adapter": sizes.rounded(setting.num_trained * 4)},
@@ -314,15 +306,11 @@ def _side_by_side(setting: Setting, block: Block) -> int:
 
 def step_moments(setting: Setting, stepped: Components, *, offloads: bool) -> dict[str, Components]:
     """The moments of a step that can be its fullest, each with all that is held then."""
-    moments = {"the loss": _at_the_loss(setting, stepped, offloads=offloads)}
+    moments = {"the loss goes backward": _at_the_loss(setting, stepped, offloads=offloads)}
     for block in {block.kind: block for block in setting.shape.main}.values():
-        moments[f"the backward of a {block.kind}"] = _in_a_backward(setting, stepped, block, offloads=offloads)
-    moments["the optimizer's step"] = _at_the_optimizer(setting, stepped)
+        moments[f"the last {block.kind} goes backward"] = _in_a_backward(setting, stepped, block, offloads=offloads)
+    moments["the optimizer steps"] = _at_the_optimizer(setting, stepped)
     return moments
-
-
-def _held(setting: Setting, stepped: Components) -> Components:
-    return dict(stepped)
 
 
 def _activations(setting: Setting, *, offloads: bool) -> int:
@@ -400,7 +388,7 @@ def _in_a_backward(setting: Setting, stepped: Components, block: Block, *, offlo
     working = dict(tape.at_peak)
     dequantized = sum(working.pop(name, 0) for name in _DEQUANTIZED)
     return {
-        **_held(setting, stepped),
+        **stepped,
         **_gathered(setting, block),
         "activations": activations,
         "dequantized": dequantized,
@@ -431,12 +419,12 @@ def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Co
     states = sizes.rounded(tokens * hidden * width)
     tile = min(tokens, LOSS_TOKENS) * min(LOSS_WORDS, max(shape.fact("vocab_size"), LOSS_WORDS)) * width
     norm = sizes.rounded(tokens * hidden * 4) if width != 4 else 0
-    # The norm's copy of the last layer's output in fp32, its result, those of its tokens that count, and the gradient of
-    # these in fp32.
+    # The norm's copy of the last layer's output in fp32, its result, those of its tokens that count, and the gradient
+    # of these in fp32.
     kept = norm + 2 * states
     gradient = sizes.rounded(tokens * hidden * 4)
     return {
-        **_held(setting, stepped),
+        **stepped,
         "embeddings": head_bytes(setting, shape.head),
         "activations": _activations(setting, offloads=offloads),
         "logits": sizes.rounded(tile) + kept + gradient,
@@ -450,4 +438,4 @@ def _at_the_optimizer(setting: Setting, stepped: Components) -> Components:
     if setting.offloads_optimizer:
         return dict(stepped)
     once = setting.sizes.rounded(trained * 4)
-    return {**_held(setting, stepped), "gradients": stepped.get("gradients", 0) + 2 * once}
+    return {**stepped, "gradients": stepped.get("gradients", 0) + 2 * once}

@@ -126,8 +126,15 @@ class Plan:
             "created": self.created,
             "rehearsal": None if self.rehearsal is None else asdict(self.rehearsal),
             "machine": self.capabilities.to_json(),
+            "expected": self._expected(),
             "issues": [issue.to_json() for issue in self.issues],
         }
+
+    def _expected(self) -> dict[str, Any] | None:
+        """What each rank's memory will be, where the model's shape is at hand; see :mod:`.expectation`."""
+        from .expectation import expect
+
+        return expect(self)
 
     def describe_machine(self) -> str:
         """Where it runs, in words: ``"2 ranks on 2 x 24.0 GiB"``."""

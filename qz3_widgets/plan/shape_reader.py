@@ -56,7 +56,7 @@ def _describe(model: Any, config: Any, linear: set[str]) -> dict[str, Any]:
     from torch import nn
 
     text = config.get_text_config()
-    facts = {name: getattr(text, name, None) for name in (*_FACTS, *_MORE_FACTS)}
+    facts: dict[str, Any] = {name: getattr(text, name, None) for name in (*_FACTS, *_MORE_FACTS)}
     facts["head_dim"] = facts["head_dim"] or facts["hidden_size"] // facts["num_attention_heads"]
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
     facts["num_experts"] = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)

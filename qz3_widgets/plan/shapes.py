@@ -1,7 +1,7 @@
 """Shapes of models: every parameter's size, what of it will be in 4 bit, and which layers are gathered together.
 
-Those of the package's own shapes come with it, as tables. Others are read by a process of its own (:mod:`.shape_reader`)
-from the model's class, once, and kept in the cache.
+Those of the package's own shapes come with it, as tables. Others are read by a process of its own
+(:mod:`.shape_reader`) from the model's class, once, and kept in the cache.
 """
 
 from __future__ import annotations
@@ -141,6 +141,14 @@ class ModelShape:
                 left -= block.count
         facts = {**self.facts, "num_hidden_layers": num_layers}
         return replace(self, blocks=tuple(blocks), facts=facts)
+
+    def without_quantization(self) -> ModelShape:
+        """The same model, all of it in 16 bit."""
+        plain = tuple(
+            replace(block, weights=tuple(replace(weight, quantized=False) for weight in block.weights))
+            for block in self.blocks
+        )
+        return replace(self, blocks=plain, outside=tuple(replace(weight, quantized=False) for weight in self.outside))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ModelShape:

@@ -18,7 +18,7 @@ NESTED_BLOCKSIZE = 256
 """Scales that share a scale of their own under double quantization (``bitsandbytes.functional.quantize_4bit``)."""
 
 CUDA_ROUNDING = 512
-"""Bytes: what torch's caching allocator rounds a block up to (``kMinBlockSize`` in ``c10/cuda/CUDACachingAllocator``)."""
+"""Bytes: what torch's caching allocator rounds a block up to (``kMinBlockSize``, ``c10/cuda/CUDACachingAllocator``)."""
 
 PART_ALIGNMENT, WHOLE_ALIGNMENT = 16, 256
 """Bytes to which a layer's parts, lying side by side, are rounded: of several ranks, and of a single one

@@ -1,4 +1,4 @@
-"""What a rank holds between steps: weights, statistics, adapter, gradients and optimizer, each with where it comes from.
+"""What a rank holds between steps: weights, statistics, adapter, gradients, optimizer, each with where it comes from.
 
 All figures are bytes that torch's allocator has handed out on one rank. Every function says in words what it adds up;
 the formulas are those of bitsandbytes' packing, DeepSpeed's partition (:mod:`.sizes`) and of our own layers.
@@ -196,7 +196,7 @@ def loaded(setting: Setting) -> Components:
 
 
 def ready(setting: Setting) -> Components:
-    """Settled when the engine stands, before the first step: ZeRO-3's parts, what stays whole, and the adapter's state."""
+    """Settled when the engine stands, before the first step: ZeRO-3's parts, what stays whole, the adapter's state."""
     sizes = setting.sizes
     found = dict(loaded(setting))
     if setting.zero3:

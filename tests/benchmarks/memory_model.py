@@ -5,7 +5,7 @@
 
 Every case is a rehearsal of one rank (on a CPU without arithmetic, where memory alone is taken), or, where it says
 ``ranks``, a run of real ranks. Its figures are ``settled_bytes`` and ``peak_bytes`` of the phases load, ready and step
-(:func:`qz3_widgets.analysis.memory.peaks`). Cases of the set ``held-out`` were never looked at while the model was made.
+(:func:`qz3_widgets.analysis.memory.peaks`). Cases of the set ``held-out`` were not looked at while the model was made.
 """
 
 from __future__ import annotations

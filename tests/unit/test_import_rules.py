@@ -70,6 +70,8 @@ RULES = (
         ours={*BASE, "runs"},
         theirs_in_functions={"jinja2", "psutil", "pyarrow", "pynvml", "torch"},
     ),
+    # A process of its own, which reads a model's shape from its class.
+    Rule("plan.shape_reader", theirs_in_functions={"bitsandbytes", "torch", "transformers"}),
     Rule("doctor", ours={*BASE, "runs", "plan"}, theirs_in_functions={"psutil", "pyarrow", "pynvml", "torch"}),
     # It names torch, accelerate and deepspeed in an argv and imports none of them, not even inside a function.
     Rule("launch", ours={*BASE, "plan", "runs"}, theirs={"psutil", "yaml"}),
@@ -84,8 +86,8 @@ RULES = (
     ),
     Rule("trace", ours=set(LEAVES), theirs={*FRAMES, "pyarrow"}),
     Rule(PROBES, ours={"units"}, each_other=False),
-    Rule("analysis", ours={*BASE, MARKUP, "runs", "trace"}, theirs=FRAMES),
-    Rule("plotting", ours={*BASE, MARKUP, "runs", "trace", "analysis"}, theirs={*FRAMES, "matplotlib"}),
+    Rule("analysis", ours={*BASE, MARKUP, "plan", "runs", "trace"}, theirs=FRAMES),
+    Rule("plotting", ours={*BASE, MARKUP, "plan", "runs", "trace", "analysis"}, theirs={*FRAMES, "matplotlib"}),
     Rule(
         "training",
         # What a rank prints goes to disk: secrets are taken out first (a module that uses the standard library only).
@@ -97,10 +99,11 @@ RULES = (
     Rule("demo", ours={*BASE, "plan", "launch", "runs"}),
     Rule("terminal", ours={*LEAVES, "runs", "analysis", "demo"}, theirs={"rich"}),
     Rule("terminal_proof", ours={*LEAVES, "analysis"}, theirs={"rich"}),
+    Rule("terminal_plan", ours={*LEAVES, "plan", "terminal"}, theirs={"rich"}),
     Rule("terminal_demo", ours={*VIEW, "terminal"}, theirs={"rich"}),
     Rule(
         "cli",
-        ours={*VIEW, "widgets", "terminal", "terminal_demo", "terminal_proof"},
+        ours={*VIEW, "widgets", "terminal", "terminal_demo", "terminal_plan", "terminal_proof"},
         theirs={"click", "rich", "typer"},
     ),
     # The public names are loaded when they are asked for.
