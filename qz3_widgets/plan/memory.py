@@ -309,6 +309,8 @@ def step_moments(setting: Setting, stepped: Components, *, offloads: bool) -> di
     moments = {"the loss goes backward": _at_the_loss(setting, stepped, offloads=offloads)}
     for block in {block.kind: block for block in setting.shape.main}.values():
         moments[f"the last {block.kind} goes backward"] = _in_a_backward(setting, stepped, block, offloads=offloads)
+    if setting.zero3 and not setting.lets_go:
+        moments["gradients are reduced"] = _as_gradients_are_reduced(setting, stepped)
     moments["the optimizer steps"] = _at_the_optimizer(setting, stepped)
     return moments
 
@@ -346,6 +348,8 @@ def _gathered(setting: Setting, block: Block) -> Components:
         return {}
     whole = whole_layer(setting, block)
     ahead = setting.config.zero.overlap_comm and setting.config.zero.stage3_prefetch_bucket_size != 0
+    if not setting.lets_go:
+        ahead = False  # what it would bring is there already
     found: Components = {"gathered_layers": whole * (2 if ahead and setting.shape.num_layers > 1 else 1)}
     if setting.fused and setting.num_ranks > 1:
         foreign = [each for each in block.weights if not each.quantized and not setting.persists(each)]
@@ -354,7 +358,16 @@ def _gathered(setting: Setting, block: Block) -> Components:
         )
     if not setting.lets_go:
         found["retained_layers"] = _retained(setting)
+        found["embeddings"] = head_bytes(setting, setting.shape.head)
     return found
+
+
+def _as_gradients_are_reduced(setting: Setting, stepped: Components) -> Components:
+    """As released: at the end of the backward both embeddings are whole, and what was not let go is still there."""
+    shape = setting.shape
+    both = {id(weight): head_bytes(setting, weight) for weight in (shape.head, shape.embedding)}
+    bucket = {"gradients": stepped.get("gradients", 0) + 2 * stepped.get("reduce_bucket", 0)}
+    return {**stepped, **bucket, "embeddings": sum(both.values()), "retained_layers": _retained(setting)}
 
 
 def _retained(setting: Setting) -> int:
@@ -386,7 +399,7 @@ def _in_a_backward(setting: Setting, stepped: Components, block: Block, *, offlo
         layer = LayerPass(setting, block, tape, tokens)
     layer.backward()
     working = dict(tape.at_peak)
-    dequantized = sum(working.pop(name, 0) for name in _DEQUANTIZED)
+    dequantized = sum(working.pop(name, 0) for name in _DEQUANTIZED) + _updated_experts(setting, block)
     return {
         **stepped,
         **_gathered(setting, block),
@@ -394,6 +407,14 @@ def _in_a_backward(setting: Setting, stepped: Components, block: Block, *, offlo
         "dequantized": dequantized,
         "working_set": sum(working.values()),
     }
+
+
+def _updated_experts(setting: Setting, block: Block) -> int:
+    """PEFT makes the update of adapted experts as a weight, and its sum with the frozen one (``ParamWrapper``)."""
+    if not setting.adapts_experts:
+        return 0
+    largest = max((weight.numel for weight in block.weights if len(weight.shape) == 3), default=0)
+    return 2 * setting.sizes.rounded(largest * setting.sizes.dtype_bytes)
 
 
 def _only_saved(setting: Setting, before: Tape) -> Tape:
@@ -425,11 +446,19 @@ def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Co
     gradient = sizes.rounded(tokens * hidden * 4)
     return {
         **stepped,
-        "embeddings": head_bytes(setting, shape.head),
+        "embeddings": head_bytes(setting, setting.shape.head),
+        "gathered_layers": _gathered_at_the_loss(setting),
         "activations": _activations(setting, offloads=offloads),
         "logits": sizes.rounded(tile) + kept + gradient,
         "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
     }
+
+
+def _gathered_at_the_loss(setting: Setting) -> int:
+    """DeepSpeed's own gathering keeps the last layer for its backward, and has the buffer of what came before it."""
+    if setting.fused or not setting.lets_go or not setting.zero3:
+        return 0
+    return 2 * max(whole_layer(setting, block) for block in setting.shape.main)
 
 
 def _at_the_optimizer(setting: Setting, stepped: Components) -> Components:

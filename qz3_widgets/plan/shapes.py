@@ -219,7 +219,7 @@ class _Request:
 
     @property
     def has_table(self) -> bool:
-        return self.name is not None and self.skip_modules is None and self.quantize
+        return self.name is not None and (self.skip_modules is None or not self.quantize)
 
     @property
     def key(self) -> str:
@@ -257,7 +257,8 @@ def _cut(shape: ModelShape, request: _Request) -> ModelShape:
 def _kept(request: _Request) -> ModelShape | None:
     path = _TABLES / f"{request.name}.json" if request.has_table else _cache_path(request)
     try:
-        return _read(path, path.stat().st_mtime_ns)
+        found = _read(path, path.stat().st_mtime_ns)
+        return found if request.quantize else found.without_quantization()
     except (OSError, ValueError, KeyError, TypeError):  # not there, torn, or of another version: it is read anew
         return None
 

@@ -29,6 +29,9 @@ NOISE_BYTES = 2 * (2**20 + 7)
 CODE_TABLES = (16 * 4, 256 * 4)
 """fp32 values of the 4-bit type and of the scales' own quantization: one of each for a device."""
 
+ADAPTED_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Model types whose fused experts PEFT adapts."""
+
 Components = dict[str, int]
 
 
@@ -107,7 +110,21 @@ class Setting:
             if self.is_adapted(weight):
                 outputs, inputs = weight.shape
                 found += [(r * inputs, count), (r * outputs, count)]
+            elif self.adapts_experts and len(weight.shape) == 3:
+                experts, outputs, inputs = weight.shape
+                rank = r * (2 if "gate_up" in weight.name else 1) * experts  # gate and up have a rank of their own
+                found += [(rank * inputs, count), (rank * outputs, count)]
+            elif self.adapts_experts and weight.name.endswith("mlp.gate.weight"):
+                found += [(r * weight.shape[1], count), (r * weight.shape[0], count)]
         return tuple(found)
+
+    @cached_property
+    def adapts_experts(self) -> bool:
+        """Whether fused experts and their router get an adapter: PEFT does so where ``all-linear`` meets a model whose
+        experts were linear layers once (``peft/utils/transformers_weight_conversion.py``).
+        """  # noqa: D205 - one sentence
+        fused = any(len(weight.shape) == 3 for weight, _ in self.shape.weights())
+        return fused and self.config.lora.target_modules == "all-linear" and self.shape.model_type in ADAPTED_EXPERTS
 
     def is_adapted(self, weight: Weight) -> bool:
         """Whether LoRA is attached to it: ``all-linear`` leaves the head out, names are ends of module names (PEFT)."""

@@ -131,7 +131,9 @@ def _meta(value: Any) -> Any:
 
 def _allocated(value: Any, device: torch.device) -> Any:
     if _is_tensor(value):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        # Whole numbers are places that something is taken from (experts, of the largest scores): 0 is always there.
+        return made if value.is_floating_point() else made.zero_()
     return value
 
 
