@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from .launch.directory import render_into
     from .launch.process import resume, start, stop
     from .plan.capabilities import Capabilities, detect, imagine
+    from .plan.imagined import on_imagined
     from .plan.plan import Plan, PlanError, make_plan
+    from .plan.prospect import Prospect, prospect
     from .plan.rehearsal import make_rehearsal
     from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_time
     from .plotting.report import export_html
@@ -38,6 +40,7 @@ _HOME: dict[str, str] = {
     "Plan": ".plan.plan",
     "PlanError": ".plan.plan",
     "Proof": ".analysis.proof",
+    "Prospect": ".plan.prospect",
     "Run": ".runs.store",
     "RunConfig": ".config.schema",
     "RunNotFound": ".runs.store",
@@ -54,6 +57,7 @@ _HOME: dict[str, str] = {
     "loads_config": ".config.io",
     "make_plan": ".plan.plan",
     "make_rehearsal": ".plan.rehearsal",
+    "on_imagined": ".plan.imagined",
     "open_run": ".runs.store",
     "plot_loss": ".plotting",
     "plot_memory": ".plotting",
@@ -62,6 +66,7 @@ _HOME: dict[str, str] = {
     "plot_time": ".plotting",
     "prepare_demo": ".demo",
     "preset": ".config.presets",
+    "prospect": ".plan.prospect",
     "prove": ".analysis.proof",
     "render_into": ".launch.directory",
     "resume": ".launch.process",
@@ -83,6 +88,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Proof",
+    "Prospect",
     "Run",
     "RunConfig",
     "RunNotFound",
@@ -100,6 +106,7 @@ __all__ = [
     "loads_config",
     "make_plan",
     "make_rehearsal",
+    "on_imagined",
     "open_run",
     "plot_loss",
     "plot_memory",
@@ -108,6 +115,7 @@ __all__ = [
     "plot_time",
     "prepare_demo",
     "preset",
+    "prospect",
     "prove",
     "render_into",
     "resume",

@@ -142,8 +142,9 @@ def run(
 
     plan = make_plan(_load(config, overrides))
     _show_issues(plan.issues)
+    plan.raise_if_blocked()
+    _see_the_shape(plan.config)
     if not even_if_too_large:
-        plan.raise_if_blocked()
         refuse_if_too_large(plan)
     _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
 
@@ -319,6 +320,18 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     name = str(path)
     given = preset(name) if name in PRESETS and not path.exists() else load_config(path)
     return apply_overrides(given, overrides or [])
+
+
+def _see_the_shape(config: RunConfig) -> None:
+    """Have the model's shape at hand, so that its memory is predicted; without it the run starts all the same."""
+    from .plan.shapes import can_be_known, known_shape, model_shape
+
+    if known_shape(config) is None and can_be_known(config):
+        err.print("reading the model's shape: once, some ten seconds", soft_wrap=True)
+        try:
+            model_shape(config)
+        except ValueError as error:
+            err.print(f"warning: its memory is not predicted: {escape(str(error))}", soft_wrap=True)
 
 
 def _words(config: Path, overrides: list[str] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from .config.presets import demo
 from .config.schema import RunConfig
 from .launch.directory import child_environment, find_launcher
 from .plan.capabilities import Capabilities, detect
+from .plan.shapes import known_shape, model_shape
 
 HELD_OUT = "tech_support_held_out.jsonl"
 _ASSETS = ("SmolLM2-135M-Instruct/config.json", "tech_support.jsonl", HELD_OUT)
@@ -29,6 +31,7 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
     """
     target = default_cache_dir() if folder is None else folder
     if all((target / name).is_file() for name in _ASSETS):
+        _read_the_shape(target, say)
         return target
     command = [sys.executable, str(find_launcher("prepare_demo.py")), str(target)]
     # Unpacking needs no GPU, and DeepSpeed would wonder aloud where it is.
@@ -46,7 +49,17 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
     if process.returncode != 0:
         last = [line for line in errors.splitlines() if line.strip()] or ["it ended without a word"]
         raise ValueError(f"the demo could not be prepared: {last[-1].removeprefix('error: ')}")
+    _read_the_shape(target, say)
     return target
+
+
+def _read_the_shape(folder: Path, say: Callable[[str], None]) -> None:
+    """Once, so that the demo's runs have an expectation to be held against."""
+    config = with_changes(demo(), {"model.name_or_path": str(folder / _ASSETS[0].partition("/")[0])})
+    if known_shape(config) is None:
+        say("reading the model's shape, about 10 s")
+        with contextlib.suppress(ValueError):  # then nothing is expected of its memory, and the demo runs all the same
+            model_shape(config)
 
 
 def demo_configs(machine: Capabilities | None = None, *, folder: Path | None = None) -> tuple[RunConfig, RunConfig]:

@@ -218,6 +218,10 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     proof = summary["proof"]
     mark = "[green]✓[/]" if proof["ok"] else "[red]✕ not ok:[/]" if proof["known"] else "?"
     console.print(f"  {'proof':<14} {mark} {escape(proof['sentence'])}", highlight=False, soft_wrap=True)
+    truth = summary["expected_against_measured"]
+    if truth is not None:
+        mark = "[green]✓[/]" if truth["ok"] else "[red]✕[/]"
+        console.print(f"  {'expected':<14} {mark} {escape(truth['sentence'])}", highlight=False, soft_wrap=True)
     show_peaks(summary, console)
 
 

@@ -74,13 +74,19 @@ def _rows(expected: Mapping[str, Any], table: pd.DataFrame) -> Iterable[dict[str
                 "measured_bytes": measured,
                 "difference_bytes": difference,
                 "relative": difference / wanted if wanted else 0.0,
-                "within": abs(difference) <= limit,
+                "within": difference <= limit and (difference >= -limit or _may_be_less(row["phase"], figure)),
             }
+
+
+def _may_be_less(phase: Any, figure: str) -> bool:
+    """Real examples are shorter than the longest that are allowed, and a step takes less with them."""
+    return str(phase) == "step" and figure == "peak_bytes"
 
 
 def _resembles(expected: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The suspect that comes closest to what was measured, if it is much closer than what was expected."""
     # What went wrong first decides; where all ranks agree on it, one is as good as another.
+    rows = [row for row in rows if row["figure"] == "settled_bytes" or not _is_vague(expected)]
     own = sum(abs(row["difference_bytes"]) for row in rows)
     best: tuple[float, dict[str, Any]] | None = None
     for suspect in expected.get("suspects", []):
@@ -94,11 +100,17 @@ def _resembles(expected: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[
     return best[1] if best is not None and best[0] < 0.6 * own else None
 
 
+def _is_vague(expected: Mapping[str, Any]) -> bool:
+    """Whether peaks are only told: on a CPU, whose kernels take memory of their own."""
+    return float(expected.get("error", {}).get("peak", 0.0)) > 1.0
+
+
 def _sentence(rows: list[dict[str, Any]], bad: list[dict[str, Any]], suspect: Mapping[str, Any] | None) -> str:
     if not rows:
         return "nothing was measured yet"
     if not bad:
-        worst = max(rows, key=lambda row: abs(row["relative"]))
+        judged = [row for row in rows if row["figure"] == "settled_bytes"] or rows
+        worst = max(judged, key=lambda row: abs(row["relative"]))
         return (
             f"as expected: the largest difference is {abs(worst['relative']):.1%}, "
             f"{_what(worst)} of rank {worst['rank']}"

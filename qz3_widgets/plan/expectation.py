@@ -17,6 +17,8 @@ from .shapes import ModelShape, known_shape
 if TYPE_CHECKING:
     from .plan import Plan
 
+ON_A_CPU = 10.0
+
 _SUSPECTS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     (
         "not-sharded-at-load",
@@ -62,7 +64,13 @@ def expect(plan: Plan) -> dict[str, Any] | None:
             found = _forecast(plan, other, _other_shape(other, shape))
             sizes = {phase: _sizes(found, phase) for phase in found.phases}
             suspects.append({"name": name, "sentence": sentence, "phases": sizes})
-    return {"phases": own.to_json(), "error": dict(STATED_ERROR), "suspects": suspects}
+    return {"phases": own.to_json(), "error": _stated_error(plan), "suspects": suspects}
+
+
+def _stated_error(plan: Plan) -> dict[str, float]:
+    """The kernels of a CPU take memory of their own, which is not in the model: there, peaks are told, not judged."""
+    on_cpu = plan.device == "cpu" and (plan.rehearsal is None or plan.rehearsal.arithmetic)
+    return {**STATED_ERROR, **({"peak": ON_A_CPU} if on_cpu else {})}
 
 
 def _other_shape(config: RunConfig, shape: ModelShape) -> ModelShape:

@@ -195,6 +195,11 @@ def model_shape(config: RunConfig) -> ModelShape:
     return _cut(found, request)
 
 
+def can_be_known(config: RunConfig) -> bool:
+    """Whether :func:`model_shape` has something to read: a table, a local folder, or a ``config.json``."""
+    return _request(config) is not None
+
+
 def write_tables(folder: Path = _TABLES) -> list[Path]:
     """Read the package's own shapes from their classes and write them as tables; for its developers."""
     requests = [_Request(name, read_shape(name), None, True, None) for name in shape_names()]

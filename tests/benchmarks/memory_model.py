@@ -166,7 +166,7 @@ def save_table(rows: list[dict[str, str]], path: Path = TABLE) -> None:
 
 def measure(cases: list[Case], device: str, at_once: int, out: Path) -> None:
     """Run the cases, some at a time; each line is written as soon as it is there."""
-    waiting, running = list(cases), []
+    waiting, running = list(cases), list[tuple[Case, Any]]()
     while waiting or running:
         while waiting and len(running) < at_once:
             case = waiting.pop(0)
@@ -192,7 +192,7 @@ def errors(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str, int, in
     for row in rows:
         config = config_of(json.loads(row["changes"]), row["device"])
         predicted = forecast(
-            config, model_shape(config), device=row["device"], world_size=int(row["world_size"]),
+            config, model_shape(config), device="cuda" if row["device"] == "cuda" else "cpu", world_size=int(row["world_size"]),
             rehearsal=row["real_ranks"] == "0",
         )  # fmt: skip
         for phase, figures in json.loads(row["measured"]).items():
