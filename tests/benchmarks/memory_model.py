@@ -192,7 +192,8 @@ def errors(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str, int, in
     for row in rows:
         config = config_of(json.loads(row["changes"]), row["device"])
         predicted = forecast(
-            config, model_shape(config), device="cuda" if row["device"] == "cuda" else "cpu", world_size=int(row["world_size"]),
+            config, model_shape(config), device="cuda" if row["device"] == "cuda" else "cpu",
+            world_size=int(row["world_size"]),
             rehearsal=row["real_ranks"] == "0",
         )  # fmt: skip
         for phase, figures in json.loads(row["measured"]).items():

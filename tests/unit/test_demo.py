@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from qz3_widgets import demo, terminal_demo
 from qz3_widgets.config.changes import diff
+from qz3_widgets.config.shapes import read_shape
 from qz3_widgets.config.strategy import resolve_load_strategy
 from qz3_widgets.plan.capabilities import Capabilities, Gpu
 from qz3_widgets.plan.plan import PlanError, make_plan
@@ -49,6 +51,30 @@ def assets(tmp_path: Path) -> Path:
     for name in (demo_assets.TRAIN_FILE, demo_assets.HELD_OUT_FILE):
         (folder / name).write_text(line * 40)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def shape(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The real function that reads the model's shape; tests of the rest do without: it takes ten seconds."""
+    real = demo._read_the_shape
+    monkeypatch.setattr(demo, "_read_the_shape", lambda folder, say: None)
+    return real
+
+
+def test_the_models_shape_is_read_once(
+    assets: Path, shape: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QZ3_CACHE_DIR", str(tmp_path / "a cache"))
+    values = read_shape("tiny-llama")
+    (assets / demo_assets.MODEL_FOLDER / "config.json").write_text(json.dumps(values))
+    said: list[str] = []
+    for _ in range(2):
+        shape(assets, said.append)
+    assert said == ["reading the model's shape, about 10 s"]
+    # One that can't be read is no obstacle.
+    (assets / demo_assets.MODEL_FOLDER / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    shape(assets, said.append)
+    assert len(said) == 2
 
 
 def test_the_names_of_the_assets_agree() -> None:
