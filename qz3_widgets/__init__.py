@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .plan.plan import Plan, PlanError, make_plan
     from .plan.prospect import Prospect, prospect
     from .plan.rehearsal import make_rehearsal
-    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_time
+    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_plan, plot_time
     from .plotting.report import export_html
     from .runs.store import Run, RunNotFound, list_runs, open_run
     from .widgets.live import LiveRun, watch
@@ -63,6 +63,7 @@ _HOME: dict[str, str] = {
     "plot_memory": ".plotting",
     "plot_memory_compare": ".plotting",
     "plot_peaks": ".plotting",
+    "plot_plan": ".plotting",
     "plot_time": ".plotting",
     "prepare_demo": ".demo",
     "preset": ".config.presets",
@@ -112,6 +113,7 @@ __all__ = [
     "plot_memory",
     "plot_memory_compare",
     "plot_peaks",
+    "plot_plan",
     "plot_time",
     "prepare_demo",
     "preset",
