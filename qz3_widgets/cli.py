@@ -180,6 +180,39 @@ def rehearse(
 
 
 @app.command()
+def ladder(
+    config: ConfigFile,
+    world_size: Annotated[int | None, typer.Option(help="Ranks to pretend; the configuration's, if empty.")] = None,
+    rungs: Annotated[str, typer.Option(help="Numbers of layers, two at least.")] = "2,4",
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Start small, scale up: rehearse the model with 2, then 4 layers, and extrapolate to its full depth.
+
+    Each rung is set beside the plan's prediction; the first that is not as predicted stops, with exit code 1.
+    """
+    from .ladder import climb
+    from .terminal_plan import show_rung
+
+    wanted = _load(config, overrides)
+    ranks = world_size or wanted.launch.num_processes
+    try:
+        numbers = [int(number) for number in rungs.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--rungs must be numbers of layers such as 2,4, not {rungs}") from error
+    found = []
+    err.print(f"{ranks} ranks pretended; each rung is a rehearsal of half a minute or more", soft_wrap=True)
+    for rung in climb(wanted, ranks, runs_dir=runs_dir, rungs=numbers):
+        found.append(rung)
+        if not as_json:
+            show_rung(rung, out)
+    if as_json:
+        _print_json({"ok": all(rung.ok for rung in found), "rungs": [rung.to_json() for rung in found]})
+    raise typer.Exit(0 if all(rung.ok for rung in found) else 1)
+
+
+@app.command()
 def resume(name: RunName, runs_dir: RunsDir = Path("runs"), detach: Detach = False, as_json: AsJson = False) -> None:
     """Go on from a run's newest checkpoint."""
     from .launch.process import resume as resume_run

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .ladder import Rung
 from .plan.advice import Advice
 from .plan.fit import Fit
 from .plan.memory import LABELS, PHASES
@@ -42,6 +43,28 @@ def show_prospect(found: Prospect, console: Console, *, command: str) -> None:
     if found.strategies:
         _show_strategies(found, console)
     _show_advice(found, console, command)
+
+
+def show_rung(rung: Rung, console: Console) -> None:
+    """One rung of a ladder, as soon as it is there."""
+    how = "extrapolated" if rung.run_id is None else "measured"
+    mark = "[green]✓ pass[/]" if rung.ok else "[red]✕ stop[/]"
+    console.print(f"[bold]{rung.num_layers} layers[/], {how}: {mark}", highlight=False)
+    if rung.problem is not None:
+        console.print(f"  {escape(rung.problem)}", highlight=False, soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("phase")
+    for name in ("settled", "predicted", "", "peak", "predicted", ""):
+        table.add_column(name, justify="right")
+    for phase in PHASES:
+        cells = []
+        for height in (each for each in rung.heights if each.phase == phase):
+            colour = "default" if height.ok else "red"
+            relative = f"[{colour}]{height.relative:+.1%}[/]"
+            cells += [format_bytes(height.measured_bytes), format_bytes(height.predicted_bytes), relative]
+        table.add_row(phase, *cells)
+    show_table(table, console)
 
 
 def bar(size: float, capacity: float, width: int = _BAR) -> str:

@@ -96,14 +96,15 @@ RULES = (
         theirs_in_functions={"gguf", "huggingface_hub"},
     ),
     Rule("widgets", ours=VIEW, theirs={*FRAMES, "IPython", "ipywidgets", "matplotlib", "traitlets"}),
+    Rule("ladder", ours={*BASE, "plan", "launch", "runs", "analysis"}),
     Rule("demo", ours={*BASE, "plan", "launch", "runs"}),
     Rule("terminal", ours={*LEAVES, "runs", "analysis", "demo"}, theirs={"rich"}),
     Rule("terminal_proof", ours={*LEAVES, "analysis"}, theirs={"rich"}),
-    Rule("terminal_plan", ours={*LEAVES, "plan", "terminal"}, theirs={"rich"}),
+    Rule("terminal_plan", ours={*LEAVES, "ladder", "plan", "terminal"}, theirs={"rich"}),
     Rule("terminal_demo", ours={*VIEW, "terminal"}, theirs={"rich"}),
     Rule(
         "cli",
-        ours={*VIEW, "widgets", "terminal", "terminal_demo", "terminal_plan", "terminal_proof"},
+        ours={*VIEW, "ladder", "widgets", "terminal", "terminal_demo", "terminal_plan", "terminal_proof"},
         theirs={"click", "rich", "typer"},
     ),
     # The public names are loaded when they are asked for.

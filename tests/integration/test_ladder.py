@@ -1,0 +1,36 @@
+"""The ladder with real rehearsals: two rungs of a small model, and its full depth beside the prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qz3_widgets.config.changes import with_changes
+from qz3_widgets.config.io import save_config
+from qz3_widgets.config.schema import RunConfig
+from qz3_widgets.config.shapes import read_shape
+from tests.conftest import Qz3
+
+from .real_runs import RUN_SECONDS
+
+SHAPE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24}
+
+
+def test_two_rungs_and_the_top(qz3: Qz3, tmp_path: Path) -> None:
+    shape, config = tmp_path / "config.json", tmp_path / "my ladder.yaml"
+    shape.write_text(json.dumps(read_shape("tiny-llama") | SHAPE))
+    fields = {"model.name_or_path": f"random:{shape}", "data.max_length": 256, "launch.device": "cpu"}
+    save_config(with_changes(RunConfig(), fields), config)
+    options = ["--world-size", "4", "--rungs", "1,2", "--runs-dir", tmp_path / "my runs", "--json"]
+    done = qz3("ladder", config, *options, timeout=2 * RUN_SECONDS)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["ok"] is True
+    assert [(rung["num_layers"], rung["extrapolated"]) for rung in document["rungs"]] == [
+        (1, False),
+        (2, False),
+        (24, True),
+    ]
+    for rung in document["rungs"]:
+        settled = [each for each in rung["figures"] if each["figure"] == "settled_bytes"]
+        assert max(abs(each["relative"]) for each in settled) < 0.01
