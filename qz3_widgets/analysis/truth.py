@@ -26,6 +26,18 @@ def expected_of(run: Run) -> dict[str, Any] | None:
     return expected if isinstance(expected, dict) and isinstance(expected.get("phases"), dict) else None
 
 
+def expected_sizes(run: Run) -> dict[str, dict[str, int]]:
+    """Expected bytes by phase and figure, of those figures that are judged; empty where nothing is expected."""
+    expected = expected_of(run)
+    if expected is None:
+        return {}
+    figures = ("settled_bytes",) if _is_vague(expected) else FIGURES
+    return {
+        str(phase): {figure: int(content[figure]) for figure in figures}
+        for phase, content in expected["phases"].items()
+    }
+
+
 def compare_with_expected(run: Run, table: pd.DataFrame) -> dict[str, Any] | None:
     """Expected and measured figures of a run.
 

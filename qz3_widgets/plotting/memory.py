@@ -40,8 +40,9 @@ def plot_memory(
     """Allocated memory of each rank over time, of the last attempt.
 
     Solid: allocated; tinted above it: the peak since the record before; dashed: the device's capacity, or its size
-    named at the upper edge where the data are far below it. From eight steps on the last three are drawn in detail
-    beside it. Of more than eight ranks the fullest, the median and the emptiest are drawn.
+    named at the upper edge where the data are far below it; dotted over its phase: what the run's plan expects.
+    From eight steps on the last three are drawn in detail beside it. Of more than eight ranks the fullest, the median
+    and the emptiest are drawn.
 
     Args:
         data: A run, or its memory traces.
@@ -90,6 +91,7 @@ def _draw(ax: Axes, source: MemorySource, scale: MemoryScale, *, list_ranks: boo
     memory_axis(ax, scale)
     _shade_phases(ax, source)
     curves = draw_ranks(ax, source, scale)
+    _draw_expected(ax, source, scale)
     if source.failure is not None:
         mark_failure(ax, source, scale, source.failure, curves)
     elif source.state == "running":
@@ -101,6 +103,23 @@ def _draw(ax: Axes, source: MemorySource, scale: MemoryScale, *, list_ranks: boo
             f"rank {source.fullest}", (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center",
             color=run_text_color(source.index), annotation_clip=False,
         )  # fmt: skip
+
+
+_EXPECTED_AT = {"load": "load", "step": "step", "ready": "engine"}
+
+
+def _draw_expected(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
+    """Dotted over its phase: what the plan expects, at the peak and settled; on a CPU only what is settled."""
+    spans = phase_spans(source.of_rank(source.fullest))
+    for phase, sizes in source.expected.items():
+        own = [span for span in spans if span[0] == _EXPECTED_AT.get(phase)]
+        if not own:
+            continue
+        begin, end = own[0][1], own[-1][2]
+        for num_bytes in sizes.values():
+            level = num_bytes / scale.bytes_per_unit
+            if level <= scale.top:
+                ax.plot([begin, end], [level, level], color=color("text"), linewidth=1.2, dashes=(1, 1.6), zorder=6)
 
 
 def draw_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> list[tuple[Floats, Floats]]:
@@ -233,9 +252,19 @@ def _list_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
     rows.sort(key=lambda row: row[3])
     if source.num_left_out > 0:
         rows.append((f"{source.num_left_out} more between", "", "muted", 0.0))
+    if source.expected:
+        rows.append(("expected" if _judges_peaks(source) else "expected, settled", "", "expected", 0.0))
     gap = min(20.0, (height - 8) / max(1, len(rows)))
     for i, (name, number, token, rank_number) in enumerate(rows):
         y = height - 8 - i * gap
+        if token == "expected":
+            x = np.asarray([width + 16, width + 30]) / width
+            ax.plot(
+                x, [y / height] * 2, transform=ax.transAxes, color=color("text"), linewidth=1.2, dashes=(1, 1.6),
+                clip_on=False,
+            )  # fmt: skip
+            put(ax, width + 36, y, name, color=color("muted"))
+            continue
         full = rank_number == source.fullest and token == "text"
         if number and number != "no trace":
             style = _line(full)
@@ -244,6 +273,10 @@ def _list_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
         weight = "bold" if full else "normal"
         put(ax, width + 36, y, name, color=color(token), weight=weight)
         put(ax, width + _TABLE - 4, y, number, ha="right", color=color(token), weight=weight)
+
+
+def _judges_peaks(source: MemorySource) -> bool:
+    return any("peak_bytes" in sizes for sizes in source.expected.values())
 
 
 def _numbers(source: MemorySource) -> pd.DataFrame:

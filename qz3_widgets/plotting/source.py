@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
 from ..analysis.failure import Failure, find_failure
 from ..analysis.memory import peaks, typical_ranks
+from ..analysis.truth import expected_sizes
 from ..runs.store import Run
 from ..trace.reader import MemoryTrace
 
@@ -33,6 +34,8 @@ class MemorySource:
     """Of the ranks to draw; -1 without any."""
     index: int = 0
     """The run's place among those shown: its colour."""
+    expected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Bytes that the run's plan expects, by phase and figure; empty where it says nothing."""
 
     @property
     def num_left_out(self) -> int:
@@ -56,15 +59,17 @@ def memory_source(data: MemoryData, ranks: Iterable[int] | None = None, *, index
     Raises:
         ValueError: one of ``ranks`` has no records.
     """
+    expected: Mapping[str, Mapping[str, int]] = {}
     if isinstance(data, MemorySource):
         if ranks is None:
             return replace(data, index=index)
-        trace, state, failure = data.trace, data.state, data.failure
+        trace, state, failure, expected = data.trace, data.state, data.failure, data.expected
     elif isinstance(data, MemoryTrace):
         trace, state, failure = data, None, None
     else:
         status, trace = data.status, data.memory()
         state, failure = status.state, find_failure(status, trace)
+        expected = expected_sizes(data)
     frame, table = trace.last_attempt(), peaks(trace)
     there = sorted(int(rank) for rank in frame[frame["allocated_bytes"].notna()]["rank"].unique())
     if ranks is not None:
@@ -85,4 +90,5 @@ def memory_source(data: MemoryData, ranks: Iterable[int] | None = None, *, index
         ranks=tuple(chosen),
         fullest=order[0] if order else (chosen[0] if chosen else -1),
         index=index,
+        expected=expected,
     )
