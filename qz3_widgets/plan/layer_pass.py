@@ -103,7 +103,7 @@ class LayerPass:
         tape, t, e, parts = self._tape, self._t, self._e, self._anatomy
         self._norm("norm 1", saves)
         for place, linear in enumerate(parts.attention):
-            self._linear(f"qkv {place}", linear, "norm 1", saves)
+            self._linear(f"qkv {place}", linear, saves)
         self._keep_input("norm 1", any(each.adapted for each in parts.attention), saves)
         if parts.norms_of_heads:
             self._cast_norm("q norm", self._q, saves)
@@ -119,7 +119,7 @@ class LayerPass:
         if not saves:
             tape.give("rotated", "values", "log sums")
         if parts.attention_out is not None:
-            self._linear("attention out", parts.attention_out, "attended", saves)
+            self._linear("attention out", parts.attention_out, saves)
             if not saves:
                 tape.give("attended")
         if parts.norms_after:
@@ -138,7 +138,7 @@ class LayerPass:
         tape, t, e, parts = self._tape, self._t, self._e, self._anatomy
         width = parts.feed_forward_out.inputs if parts.feed_forward_out is not None else 0
         for place, linear in enumerate(parts.feed_forward):
-            self._linear(f"up {place}", linear, "norm 2", saves)
+            self._linear(f"up {place}", linear, saves)
             if place == 0 and len(parts.feed_forward) > 1:
                 tape.take("activated", t * width * e)  # of the gate, before the other one is computed
                 if not saves:
@@ -153,7 +153,7 @@ class LayerPass:
         tape.take("product", t * width * e)
         tape.give("up 0", "up 1", "activated")
         if parts.feed_forward_out is not None:
-            self._linear("hidden", parts.feed_forward_out, "product", saves)
+            self._linear("hidden", parts.feed_forward_out, saves)
             if saves and parts.feed_forward_out.adapted:
                 tape.give("product")
                 tape.take("saved product", t * width * e)
@@ -234,10 +234,8 @@ class LayerPass:
 
     def _keep_input(self, name: str, adapted: bool, saves: bool) -> None:
         """An adapted layer's A saves its input; otherwise it goes."""
-        if not (saves and adapted):
-            self._tape.give(name)
-        else:
-            self._tape.give(name)
+        self._tape.give(name)
+        if saves and adapted:
             self._tape.take(f"saved {name}", self._t * self._h * self._e)
 
     def _norm(self, name: str, saves: bool) -> None:
@@ -291,7 +289,7 @@ class LayerPass:
             found["scales"] = 4 * scales
         return found
 
-    def _linear(self, name: str, linear: Linear, source: str, saves: bool) -> None:
+    def _linear(self, name: str, linear: Linear, saves: bool) -> None:
         """The frozen product, and the adapter's update beside it."""
         tape, t, e = self._tape, self._t, self._e
         copies = self._weight_copies(linear)

@@ -190,7 +190,8 @@ def _fullest_while_sharding(setting: Setting, settled: Components) -> tuple[Comp
     """Each parameter passes through as one rank's part in 16 bit, on top of what has been loaded before it.
 
     From a file the part is the parameter's own memory (of a 4-bit weight, it is quantized from it); random weights are
-    a piece of a pool that is repeated, and its product with their spread.
+    a piece of a pool that is repeated, and its product with their spread. What is not loaded yet at the fullest moment
+    is taken off all components alike.
     """
     sizes = setting.sizes
     total = sum(settled.values())
@@ -214,7 +215,6 @@ def _fullest_while_sharding(setting: Setting, settled: Components) -> tuple[Comp
     for held, exchanged, scales in _exchanges(setting, total):
         if held + exchanged > best:
             best, moment = math.ceil(held + exchanged), f"the scales of {scales:,} blocks are exchanged"
-    # What is not loaded yet at that moment makes room for what passes through.
     scale = min(1.0, sum(settled.values()) / best)
     if best > total:
         before = {name: math.floor(size * scale) for name, size in settled.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..units import GIB, MIB
+from ..units import MIB
 
 ASSUMED_CONTEXT_BYTES = 600 * MIB
 ASSUMED_NCCL_BYTES = 400 * MIB
@@ -52,8 +52,3 @@ def assumed(device: Literal["cpu", "cuda"], num_ranks: int) -> Overhead:
     nccl = ASSUMED_NCCL_BYTES if num_ranks > 1 else 0
     basis = "assumed: no finished run on this kind of GPU was found"
     return Overhead(ASSUMED_CONTEXT_BYTES, nccl, ASSUMED_FRAGMENTATION, ASSUMED_BAND, basis)
-
-
-def smallest_gpu_bytes(gib: float) -> int:
-    """A GPU's size, as it is sold, in bytes."""
-    return int(gib * GIB)

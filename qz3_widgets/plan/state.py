@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from ..config.schema import RunConfig
 from ..config.shapes import RANDOM_PREFIX
@@ -332,6 +331,3 @@ def _kept_whole(setting: Setting) -> int:
         else:
             entries.append((weight.numel * sizes.dtype_bytes, count))
     return per_tensor(entries, sizes.rounded)
-
-
-Phase = Literal["load", "ready", "step"]
