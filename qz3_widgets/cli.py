@@ -351,7 +351,14 @@ def main() -> None:
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     name = str(path)
-    given = preset(name) if name in PRESETS and not path.exists() else load_config(path)
+    # A word is a preset, or one that is misspelled.
+    if not path.exists() and path.suffix not in (".yaml", ".yml") and path.name == name:
+        try:
+            given = preset(name)
+        except ValueError as error:
+            raise ValueError(f"{name}: no such file, and {error}") from error
+    else:
+        given = load_config(path)
     return apply_overrides(given, overrides or [])
 
 

@@ -222,6 +222,35 @@ def test_no_configuration(refused: Callable[..., str], tmp_path: Path) -> None:
     assert str(tmp_path) in refused("run", tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
     assert "bytes.yaml" in refused("run", tmp_path / "bytes.yaml")
+    assert "lama-3.1-8b: no such file, and no preset is called 'lama-3.1-8b'; did you mean llama-3.1-8b?" in " ".join(
+        refused("run", "lama-3.1-8b").split()
+    )
+
+
+def test_a_plan_in_numbers_and_on_a_terminal(call: Call) -> None:
+    fits = call("plan", "llama-3.1-405b", "--gpus", "8", "--gpu-memory", "80", "--json")
+    assert (fits.code, fits.err) == (0, "")
+    document = fits.document()
+    assert document["fits"] is True
+    assert len(document["ranks"]) == document["world_size"] == 8
+    narrow = call("plan", "llama-3.1-405b", "--gpus", "2", "--gpu-memory", "80")
+    assert narrow.code == 1
+    assert "Does not fit: loading needs 100.5 GiB on every rank, of 80.0 GiB." in narrow.out
+    assert "--set zero.offload_param_device=cpu" in narrow.out
+
+
+def test_a_run_that_can_not_fit_is_not_started(refused: Callable[..., str], config: Path) -> None:
+    sets = ("--set", "model.name_or_path=random:llama-3.1-405b", "--set", "launch.num_processes=1")
+    message = refused("run", config, *sets)
+    assert "Does not fit" in message
+    assert "32.0 GiB" in message
+
+
+def test_a_ladder_wants_numbers(refused: Callable[..., str]) -> None:
+    assert "--rungs must be numbers of layers such as 2,4, not two" in refused(
+        "ladder", "llama-3.1-8b", "--rungs", "two"
+    )
+    assert "two numbers of layers or more" in refused("ladder", "llama-3.1-8b", "--rungs", "4")
 
 
 def test_an_override_that_does_not_fit(refused: Callable[..., str], config: Path) -> None:
