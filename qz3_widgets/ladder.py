@@ -22,7 +22,8 @@ from .plan.shapes import ModelShape, model_shape
 from .runs.store import Run
 
 DEFAULT_RUNGS = (2, 4)
-_SLACK_BYTES = 2**20
+# The pool of random weights is made in fp32 first: nothing for a model that is worth a ladder, much for a tiny one.
+_SLACK_BYTES = 4 * 2**20
 _POLL_SECONDS = 0.5
 _FIGURES = (("settled_bytes", "settled"), ("peak_bytes", "peak"))
 
