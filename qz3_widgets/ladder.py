@@ -25,7 +25,7 @@ DEFAULT_RUNGS = (2, 4)
 # The pool of random weights is made in fp32 first: nothing for a model that is worth a ladder, much for a tiny one.
 _SLACK_BYTES = 4 * 2**20
 _POLL_SECONDS = 0.5
-_FIGURES = (("settled_bytes", "settled"), ("peak_bytes", "peak"))
+_FIGURES = ("settled_bytes", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _forecast(plan: Plan, shape: ModelShape) -> Forecast:
     # The shape has the depth that is meant; the plan's own name may be of another.
     return forecast(
         plan.config, shape, device=plan.device, world_size=plan.world_size,
-        capacity_bytes=plan.device_capacity_bytes, rehearsal=True,
+        capacity_bytes=plan.device_capacity_bytes,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _measure(plan: Plan, shape: ModelShape, number: int, runs_dir: Path, measure
     heights = []
     for phase in PHASES:
         row = table[table["phase"] == phase]
-        for figure, _ in _FIGURES:
+        for figure in _FIGURES:
             if len(row):
                 wanted = getattr(predicted.phases[phase], figure)
                 heights.append(Height(phase, figure, wanted, int(row[figure].max())))

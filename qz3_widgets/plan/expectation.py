@@ -93,5 +93,4 @@ def _forecast(plan: Plan, config: RunConfig, shape: ModelShape) -> Forecast:
         device=plan.device,
         world_size=plan.world_size,
         capacity_bytes=plan.device_capacity_bytes,
-        rehearsal=plan.rehearsal is not None,
     )

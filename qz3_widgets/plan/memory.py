@@ -118,7 +118,6 @@ def forecast(
     device: Literal["cpu", "cuda"],
     world_size: int,
     capacity_bytes: int | None = None,
-    rehearsal: bool = False,
 ) -> Forecast:
     """What each rank of a run will hold.
 
@@ -128,9 +127,8 @@ def forecast(
         device: where the ranks run; allocators round differently.
         world_size: ranks over all machines.
         capacity_bytes: of a rank's device; decides what ``training.activation_offload: auto`` does.
-        rehearsal: whether one rank plays; its collectives copy nothing.
     """
-    setting = Setting(config, shape, Sizes.of(config, device, world_size), rehearsal)
+    setting = Setting(config, shape, Sizes.of(config, device, world_size))
     start, engine, stepped = loaded(setting), ready(setting), after_a_step(setting)
     moments = step_moments(setting, stepped, offloads=offloads_activations(setting, capacity_bytes))
     fullest = max(moments, key=lambda moment: sum(moments[moment].values()))

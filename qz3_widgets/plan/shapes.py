@@ -24,7 +24,6 @@ from ..config.shapes import (
     RANDOM_PREFIX,
     local_shape,
     read_shape,
-    shape_file,
     shape_names,
     shape_of_hub_id,
     split_depth,
@@ -249,7 +248,6 @@ def _request(config: RunConfig) -> _Request | None:
     try:
         values = read_shape(whole)
         known = whole if whole in shape_names() else None
-        shape_file(whole)
     except ValueError:
         return None
     return _Request(known, values, quantization.llm_int8_skip_modules, quantization.load_in_4bit, num_layers)

@@ -41,7 +41,6 @@ class Setting:
     config: RunConfig
     shape: ModelShape
     sizes: Sizes
-    rehearsal: bool = False
 
     @property
     def num_ranks(self) -> int:

@@ -194,7 +194,6 @@ def errors(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str, int, in
         predicted = forecast(
             config, model_shape(config), device="cuda" if row["device"] == "cuda" else "cpu",
             world_size=int(row["world_size"]),
-            rehearsal=row["real_ranks"] == "0",
         )  # fmt: skip
         for phase, figures in json.loads(row["measured"]).items():
             for name, measured in figures.items():

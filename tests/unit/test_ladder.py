@@ -28,7 +28,7 @@ def go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def climb_with(more: int = 0, states: dict[int, str] | None = None, **options: Any) -> list[Rung]:
         def measure(plan: Plan, runs_dir: Path) -> Any:
             shape = model_shape(plan.config)
-            found = forecast(plan.config, shape, device="cpu", world_size=plan.world_size, rehearsal=True)
+            found = forecast(plan.config, shape, device="cpu", world_size=plan.world_size)
             rows = [
                 {
                     "phase": phase,

@@ -72,7 +72,7 @@ def test_405b_as_released_fails_at_load_and_in_the_step() -> None:
 def test_405b_sharded_is_what_an_h100_held() -> None:
     """``tests/benchmarks/sharding.py --rows 405b`` on an H100: random weights, rank 0 of 8."""
     config = with_changes(preset("llama-3.1-405b"), {"model.name_or_path": "random:llama-3.1-405b"})
-    found = predicted(config, 8, capacity_bytes=80 * GIB, rehearsal=True)
+    found = predicted(config, 8, capacity_bytes=80 * GIB)
     assert found.phases["load"].settled_bytes / GIB == pytest.approx(25.203, rel=0.01)
     assert found.phases["load"].peak_bytes / GIB == pytest.approx(25.524, rel=0.03)
 
