@@ -145,7 +145,8 @@ def test_a_checkpoint_ends_as_with_the_stock_load(trained: dict[str, Run], name:
     sharded, stock = trained[f"sharded-{name}"], trained[f"stock-{name}"]
     assert (sharded.state, stock.state) == ("succeeded", "succeeded")
     assert losses(sharded) == losses(stock)
-    assert sharded.metrics()["grad_norm"].tolist() == stock.metrics()["grad_norm"].tolist()
+    norms = [run.metrics()["grad_norm"].round(12).tolist() for run in (sharded, stock)]  # fp64, in another order
+    assert norms[0] == norms[1]
     checksums = {prove(run).to_json()["zero3"]["checksum"] for run in (sharded, stock)}
     assert len(checksums) == 1
     assert None not in checksums

@@ -23,6 +23,7 @@ from torch import nn
 
 from .adapter import make_lean
 from .flat import FlatShard
+from .gradients import reduce_together
 from .linear import STATISTICS, ShardedLinear4bit
 from .partition import is_partitioned
 from .resident import MAX_ADAPTER_BYTES, ResidentParameters
@@ -244,6 +245,7 @@ def gather_layers(model: nn.Module, engine: Any, *, device: torch.device, prefet
     resident = ResidentParameters([each for each in small if id(each) not in ours], device)
     offload.persistent_parameters = engine.optimizer.persistent_parameters = [resident] if resident.parameters else []
     _stay_whole(offload, engine.optimizer, resident, model)
+    _reduce_resident(modules, engine.optimizer)
     offload.layer_gather = LayerGather(layers, prefetch=prefetch)
     return offload.layer_gather  # type: ignore[no-any-return]
 
@@ -274,6 +276,14 @@ def _stay_whole(offload: Any, optimizer: Any, resident: ResidentParameters, mode
 
     offload.partition_all_parameters = partition_all_parameters
     optimizer.checkpoint_event_prologue = checkpoint_event_prologue
+
+
+def _reduce_resident(modules: list[nn.Module], optimizer: Any) -> None:
+    """Reduce the gradients of what is whole in ``modules`` all at once."""
+    inside: dict[Any, None] = dict.fromkeys(each for module in modules for each in module.parameters())
+    trained = [each for each in inside if is_partitioned(each) and each.requires_grad and each.ds_persist]
+    if trained and not reduce_together(optimizer, trained):
+        print("gradients are reduced one by one, by DeepSpeed")
 
 
 def _keep_adapter_whole(modules: list[nn.Module], resident: list[Any]) -> list[Any]:

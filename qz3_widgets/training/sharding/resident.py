@@ -80,9 +80,10 @@ class _Group:
     def refresh(self) -> None:
         if self._num_ranks == 1:
             for each in self._parameters:
-                # On the device it is the part itself, which the optimizer writes.
-                part = each.ds_tensor.data.to(self._device).view(-1)
-                self._set(each, part[: math.prod(each.ds_shape)].view(each.ds_shape))
+                # On the device it is the part itself, which the optimizer writes: once set, it stays so.
+                part = each.ds_tensor.data.to(self._device)
+                if each.ds_status != ZeroParamStatus.AVAILABLE or each.data_ptr() != part.data_ptr():
+                    self._set(each, part.view(-1)[: math.prod(each.ds_shape)].view(each.ds_shape))
             return
         own = torch.cat([each.ds_tensor.data.view(-1).to(self._device) for each in self._parameters])
         everything = torch.empty(self._num_ranks * self._total, dtype=own.dtype, device=self._device)
