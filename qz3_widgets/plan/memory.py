@@ -9,22 +9,25 @@ the fullest.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config.schema import RunConfig
 from .layer_pass import LayerPass, saved_by_a_layer
+from .load_peak import load_peak
 from .shapes import Block, ModelShape, Weight
 from .sizes import Sizes
-from .state import NOISE_BYTES, Components, Setting, after_a_step, loaded, parts_of, ready
+from .state import Components, Setting, after_a_step, loaded, parts_of, ready, reduce_bucket_bytes
 from .tape import Tape
 
 PHASES = ("load", "ready", "step")
 
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
 """Logits that exist at once: TRL's tile of tokens by vocabulary (``trl/kernels/chunked_logprob.py``)."""
+
+JOINED_GRADIENTS = 20_000_000
+"""Elements of gradients that are reduced at once (``training.sharding.gradients``)."""
 
 WORTHWHILE = 1 / 25
 """``training.activation_offload: auto`` offloads what takes more than this part of the GPU's memory."""
@@ -95,6 +98,7 @@ LABELS: Mapping[str, str] = {
     "reduce_bucket": "reduce bucket",
     "gathered_layers": "gathered layers",
     "retained_layers": "layers that are not let go",
+    "on_the_way": "copies while gathering",
     "embeddings": "embedding and head, gathered",
     "dequantized": "dequantized weight",
     "activations": "checkpointed activations",
@@ -102,6 +106,7 @@ LABELS: Mapping[str, str] = {
     "logits": "logits and loss",
     "loading": "what the load passes through",
     "batch": "batch",
+    "workspaces": "cuBLAS workspaces",
     "buffers": "buffers",
     "noise": "noise of random weights",
     "whole_model": "model before it is partitioned",
@@ -132,11 +137,11 @@ def forecast(
     start, engine, stepped = loaded(setting), ready(setting), after_a_step(setting)
     moments = step_moments(setting, stepped, offloads=offloads_activations(setting, capacity_bytes))
     fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
-    load_peak, load_moment = _load_peak(setting, start)
+    loading, load_moment = load_peak(setting, start)
     ready_peak, ready_moment = _ready_peak(setting, start, engine)
     return Forecast(
         phases={
-            "load": PhaseForecast(start, load_peak, load_moment),
+            "load": PhaseForecast(start, loading, load_moment),
             "ready": PhaseForecast(engine, ready_peak, ready_moment),
             "step": PhaseForecast(stepped, moments[fullest], fullest),
         },
@@ -164,108 +169,6 @@ def _activation_bytes(setting: Setting) -> int:
     return elements * setting.compute_bytes
 
 
-# --- The load ---------------------------------------------------------------------------------------------------------
-
-
-def _load_peak(setting: Setting, settled: Components) -> tuple[Components, str]:
-    """Sharded: parameters in the order of their names, each on top of those before it. Stock: the whole model."""
-    sizes = setting.sizes
-    largest = max((weight for weight, _ in setting.shape.weights()), key=lambda weight: weight.numel)
-    if setting.strategy != "sharded":
-        if setting.is_random:
-            # Random weights are made whole, in 16 bit, before they are quantized.
-            whole = sum(
-                sizes.rounded(weight.numel * sizes.dtype_bytes) * count for weight, count in setting.shape.weights()
-            )
-            grown = _only(settled, "noise", "weights_4bit", "statistics")
-            return {"loading": whole, **grown}, "the last weight is quantized"
-        passing = sizes.rounded(largest.numel * sizes.dtype_bytes)
-        return {**settled, "loading": passing}, "the largest weight passes through"
-    return _fullest_while_sharding(setting, settled)
-
-
-def _fullest_while_sharding(setting: Setting, settled: Components) -> tuple[Components, str]:
-    """Each parameter passes through as one rank's part in 16 bit, on top of what has been loaded before it.
-
-    From a file the part is the parameter's own memory (of a 4-bit weight, it is quantized from it); random weights are
-    a piece of a pool that is repeated, and its product with their spread. What is not loaded yet at the fullest moment
-    is taken off all components alike.
-    """
-    sizes = setting.sizes
-    total = sum(settled.values())
-    still_to_come = sum(
-        sum(map(sizes.rounded, parts_of(setting, weight).values())) * count for weight, count in setting.shape.weights()
-    )
-    before = {"loading": 0, **settled}
-    best, moment = total, "the model is loaded"
-    for weight, count in _in_order(setting.shape):
-        own = sum(map(sizes.rounded, parts_of(setting, weight).values()))
-        part = weight.numel / setting.num_ranks * sizes.dtype_bytes
-        if setting.is_random:
-            passing = 2 * part + NOISE_BYTES / 2
-        else:
-            passing = part + (2 * sum(parts_of(setting, weight).values()) if weight.quantized else 0)
-        still_to_come -= own * (count - 1)
-        held = total if setting.offloads_parameters else total - still_to_come
-        if held + passing > best:
-            best, moment = math.ceil(held + passing), f"{weight.name} passes through"
-        still_to_come -= own
-    for held, exchanged, scales in _exchanges(setting, total):
-        if held + exchanged > best:
-            best, moment = math.ceil(held + exchanged), f"the scales of {scales:,} blocks are exchanged"
-    scale = min(1.0, sum(settled.values()) / best)
-    if best > total:
-        before = {name: math.floor(size * scale) for name, size in settled.items()}
-        before["loading"] = best - sum(before.values())
-    return before, moment
-
-
-EXCHANGE_SCALES = 2**22
-"""Scales of a rank that are exchanged together (``training.sharding.quantizer``)."""
-
-EXCHANGE_BYTES = 12
-"""For each of them while they are exchanged: fp32 until then (4), in bf16 once to send, in the order of the receivers,
-as they arrive, and in order again (2 each); see ``training.sharding.scales``."""
-
-
-def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, int, int]]:
-    """(held before, taken meanwhile, scales) of the last exchange, and of the last full one."""
-    sizes = setting.sizes
-    weights = [(weight, count) for weight, count in setting.shape.weights() if weight.quantized]
-    num_scales = sum(sizes.num_scales(weight.numel) * count for weight, count in weights)
-    own = num_scales // setting.num_ranks
-    if own == 0:
-        return
-    statistics = sum(parts_of(setting, weight)["statistics"] * count for weight, count in weights)
-    nested = sum(sum(sizes.nested(weight.numel)) * count for weight, count in weights)
-    last = own % EXCHANGE_SCALES or EXCHANGE_SCALES
-    whole = 0 if setting.shards_statistics else 6 * setting.num_ranks  # everybody's, in bf16 and in fp32
-    for scales, missing in ((last, 0), (EXCHANGE_SCALES if own > EXCHANGE_SCALES else 0, last)):
-        # Before the exchange these statistics are not there, nor is what is loaded after it.
-        without = (statistics + nested) * (scales + missing) // own
-        later = total * missing // own if missing else 0
-        yield total - without - later, (EXCHANGE_BYTES + whole) * scales, scales
-
-
-def _in_order(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
-    """Parameters in the order in which transformers loads them, by name; of like layers the last."""
-    stacks = sorted({block.stack for block in shape.blocks})
-    first = stacks[0] if stacks else ""
-    for weight in sorted(shape.outside, key=lambda each: each.name):
-        if weight.name < first:
-            yield weight, 1
-    for block in shape.blocks:
-        for weight in sorted(block.weights, key=lambda each: each.name):
-            yield weight, block.count
-    for weight in sorted(shape.outside, key=lambda each: each.name):
-        if weight.name >= first:
-            yield weight, 1
-
-
-def _only(components: Components, *names: str) -> Components:
-    return {name: components[name] for name in names if name in components}
-
-
 # --- From the load to the engine ------------------------------------------------------------------------------------
 
 
@@ -278,10 +181,20 @@ def _ready_peak(setting: Setting, start: Components, engine: Components) -> tupl
     }
     stands = moments["the engine stands"]
     resident = setting.adapter_is_resident and setting.zero3
+    if setting.reduces_together:  # what DeepSpeed makes for gradients is there before the adapter is whole
+        own = sizes.rounded(setting.num_trained_here * width)
+        made = {"adapter": own, "reduce_bucket": reduce_bucket_bytes(setting)}
+        moments["DeepSpeed's engine is made"] = {**stands, **made}
+    if setting.zero3 and setting.strategy != "sharded" and setting.shape.embedding is not None:
+        embedding = setting.shape.embedding.numel
+        part = sizes.rounded(sizes.part(embedding, sizes.dtype_bytes))
+        moments["the embedding is partitioned"] = {
+            **start, "adapter": sizes.rounded(setting.num_trained * width), "loading": part
+        }  # fmt: skip
     whole = sizes.rounded(setting.num_ranks * setting.num_trained_here * width) if resident else 0
     if resident and setting.num_ranks > 1:
         own = sizes.rounded(setting.num_trained_here * width)
-        moments["the adapter is gathered"] = {**stands, "loading": whole + own}
+        moments["the adapter is gathered"] = {**stands, "loading": (2 if setting.copies_gathered else 1) * whole + own}
     if setting.fused:
         layer = max(_side_by_side(setting, block) for block in setting.shape.blocks)
         laid = {**stands, "adapter": stands["adapter"] - whole, "loading": layer}
@@ -305,24 +218,32 @@ def _side_by_side(setting: Setting, block: Block) -> int:
 def step_moments(setting: Setting, stepped: Components, *, offloads: bool) -> dict[str, Components]:
     """The moments of a step that can be its fullest, each with all that is held then."""
     moments = {"the loss goes backward": _at_the_loss(setting, stepped, offloads=offloads)}
+    if setting.copies_gathered or setting.offloads_parameters:
+        moments["the head is gathered"] = _as_the_head_is_gathered(setting, stepped, offloads=offloads)
     for block in {block.kind: block for block in setting.shape.main}.values():
         moments[f"the last {block.kind} goes backward"] = _in_a_backward(setting, stepped, block, offloads=offloads)
+    if setting.reduces_together:
+        block = setting.shape.main[0]
+        moments[f"the first {block.kind} goes backward"] = _at_the_end(setting, stepped, block)
+        moments["gradients are brought together"] = _as_gradients_are_joined(setting, stepped)
     if setting.zero3 and not setting.lets_go:
         moments["gradients are reduced"] = _as_gradients_are_reduced(setting, stepped)
     moments["the optimizer steps"] = _at_the_optimizer(setting, stepped)
     return moments
 
 
-def _activations(setting: Setting, *, offloads: bool) -> int:
-    """Inputs of all layers, or everything that their forward saves, and what all layers share."""
+def _activations(setting: Setting, *, offloads: bool, num_layers: int | None = None) -> int:
+    """Inputs of ``num_layers`` layers (all), or everything that their forward saves, and what all layers share."""
     config, sizes = setting.config, setting.sizes
     tokens, width = tokens_of(config), setting.compute_bytes
     hidden = sizes.rounded(tokens * setting.shape.fact("hidden_size") * width)
     if config.training.activation_checkpointing == "none":
-        total = sum(saved_by_a_layer(setting, block, tokens) * block.count for block in setting.shape.main)
+        saved = [(saved_by_a_layer(setting, block, tokens), block.count) for block in setting.shape.main]
+        total = sum(size * count for size, count in saved) if num_layers is None else num_layers * saved[0][0]
     else:
         # Offloaded ones come back one ahead: the one in use and the next.
-        total = hidden * (min(3, setting.shape.num_layers) if offloads else setting.shape.num_layers)
+        wanted = setting.shape.num_layers if num_layers is None else num_layers
+        total = hidden * (min(3, wanted) if offloads else wanted)
     shared = 2 * sizes.rounded(tokens * setting.shape.fact("head_dim") * width) + 3 * sizes.rounded(tokens * 8)
     return total + shared
 
@@ -349,6 +270,8 @@ def _gathered(setting: Setting, block: Block) -> Components:
     if not setting.lets_go:
         ahead = False  # what it would bring is there already
     found: Components = {"gathered_layers": whole * (2 if ahead and setting.shape.num_layers > 1 else 1)}
+    if setting.copies_gathered:
+        found["on_the_way"] = whole
     if setting.fused and setting.num_ranks > 1:
         foreign = [each for each in block.weights if not each.quantized and not setting.persists(each)]
         found["gathered_layers"] += sum(
@@ -362,10 +285,32 @@ def _gathered(setting: Setting, block: Block) -> Components:
 
 def _as_gradients_are_reduced(setting: Setting, stepped: Components) -> Components:
     """As released: at the end of the backward both embeddings are whole, and what was not let go is still there."""
-    shape = setting.shape
-    both = {id(weight): head_bytes(setting, weight) for weight in (shape.head, shape.embedding)}
+    embeddings = _both_embeddings(setting, of_one_rank=True)
     bucket = {"gradients": stepped.get("gradients", 0) + 2 * stepped.get("reduce_bucket", 0)}
-    return {**stepped, **bucket, "embeddings": sum(both.values()), "retained_layers": _retained(setting)}
+    return {**stepped, **bucket, "embeddings": embeddings, "retained_layers": _retained(setting)}
+
+
+def _both_embeddings(setting: Setting, *, of_one_rank: bool = False) -> int:
+    """As released both are gathered and stay; at the end of a backward a single rank has a copy as well."""
+    shape, sizes = setting.shape, setting.sizes
+    weights = {id(each): each for each in (shape.head, shape.embedding) if each is not None}.values()
+    if setting.num_ranks == 1 and of_one_rank:
+        return sum(sizes.rounded(each.numel * sizes.dtype_bytes) for each in weights)
+    return sum(head_bytes(setting, each) for each in weights)
+
+
+def _at_the_end(setting: Setting, stepped: Components, block: Block) -> Components:
+    """The first layer's backward: the gradients of the whole adapter are there, of the activations hardly any."""
+    held = _in_a_backward(setting, stepped, block, offloads=False, num_layers=1)
+    return {**held, "gradients": held.get("gradients", 0) + setting.whole_gradient_bytes}
+
+
+def _as_gradients_are_joined(setting: Setting, stepped: Components) -> Components:
+    """All of them whole, and a piece of them side by side, and a rank's part of that."""
+    sizes, width = setting.sizes, setting.compute_bytes
+    piece = min(JOINED_GRADIENTS, setting.num_ranks * setting.num_trained_here) * width
+    joined = sizes.rounded(piece) + (sizes.rounded(piece // setting.num_ranks) if setting.num_ranks > 1 else 0)
+    return {**stepped, "gradients": stepped.get("gradients", 0) + setting.whole_gradient_bytes + joined}
 
 
 def _retained(setting: Setting) -> int:
@@ -381,14 +326,16 @@ def _retained(setting: Setting) -> int:
     )
 
 
-def _in_a_backward(setting: Setting, stepped: Components, block: Block, *, offloads: bool) -> Components:
-    """The last layer's backward: all inputs of layers are there still, and it is computed again before."""
+def _in_a_backward(
+    setting: Setting, stepped: Components, block: Block, *, offloads: bool, num_layers: int | None = None
+) -> Components:
+    """The last layer's backward, after it was computed again: all inputs of layers (or ``num_layers``) are there."""
     tokens = tokens_of(setting.config)
     tape = Tape(setting.sizes.rounded)
     tape.take("gradient", tokens * setting.shape.fact("hidden_size") * setting.compute_bytes)
     layer = LayerPass(setting, block, tape, tokens)
     recomputed = setting.config.training.activation_checkpointing != "none"
-    activations = _activations(setting, offloads=offloads)
+    activations = _activations(setting, offloads=offloads, num_layers=num_layers)
     layer.forward(saves=True)
     if not recomputed:
         # Its forward is over, and what it saved counts among the activations.
@@ -448,6 +395,21 @@ def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Co
         "gathered_layers": _gathered_at_the_loss(setting),
         "activations": _activations(setting, offloads=offloads),
         "logits": sizes.rounded(tile) + kept + gradient,
+        "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
+    }
+
+
+def _as_the_head_is_gathered(setting: Setting, stepped: Components, *, offloads: bool) -> Components:
+    """A part that lives on the host comes to the device first; gloo makes a copy of what it brings together."""
+    head = head_bytes(setting, setting.shape.head)
+    copies = (head if setting.copies_gathered else 0) + (
+        head // setting.num_ranks if setting.offloads_parameters else 0
+    )
+    return {
+        **stepped,
+        "embeddings": head if setting.lets_go else _both_embeddings(setting),
+        "activations": _activations(setting, offloads=offloads),
+        "on_the_way": copies,
         "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
     }
 

@@ -20,6 +20,9 @@ NESTED_BLOCKSIZE = 256
 CUDA_ROUNDING = 512
 """Bytes: what torch's caching allocator rounds a block up to (``kMinBlockSize``, ``c10/cuda/CUDACachingAllocator``)."""
 
+LARGE_ALLOCATION, SEGMENT_ROUNDING, UNSPLIT_REST = 10 * 2**20, 2 * 2**20, 2**20
+"""Bytes: from where a tensor gets a segment of its own, to what that is rounded, and what is not split off it."""
+
 PART_ALIGNMENT, WHOLE_ALIGNMENT = 16, 256
 """Bytes to which a layer's parts, lying side by side, are rounded: of several ranks, and of a single one
 (:mod:`qz3_widgets.training.sharding.flat`)."""
@@ -60,6 +63,17 @@ class Sizes:
     def rounded(self, size: float) -> int:
         """What the allocator hands out for ``size`` bytes: on a GPU in blocks, on a CPU as many as were asked for."""
         return round_up(size, CUDA_ROUNDING) if self.device == "cuda" else math.ceil(size)
+
+    def segment(self, size: float) -> int:
+        """What a large tensor takes that gets memory of its own: the end of a segment is not split off, if it is small.
+
+        ``c10/cuda/CUDACachingAllocator``: from 10 MiB on, segments are rounded up to 2 MiB (``kRoundLarge``); a rest of
+        up to 1 MiB (``kSmallSize``) stays with the block.
+        """
+        if self.device == "cpu" or size < LARGE_ALLOCATION:
+            return self.rounded(size)
+        whole = round_up(size, SEGMENT_ROUNDING)
+        return whole if whole - size <= UNSPLIT_REST else self.rounded(size)
 
     def part(self, num_elements: int, itemsize: int) -> int:
         """One rank's part of a parameter: its share of the elements, the last ones padded."""

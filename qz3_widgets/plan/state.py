@@ -28,6 +28,9 @@ NOISE_BYTES = 2 * (2**20 + 7)
 CODE_TABLES = (16 * 4, 256 * 4)
 """fp32 values of the 4-bit type and of the scales' own quantization: one of each for a device."""
 
+CUBLAS_WORKSPACE = 2**25
+"""What torch hands to each of cuBLAS' handles, of which a thread has its own: on Hopper (8 MiB before)."""
+
 ADAPTED_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Model types whose fused experts PEFT adapts."""
 
@@ -87,6 +90,11 @@ class Setting:
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's state lives on the host."""
         return self.config.zero.offload_optimizer_device == "cpu" and self.sizes.device == "cuda"
+
+    @cached_property
+    def copies_gathered(self) -> bool:
+        """Whether ranks share a GPU and so talk over gloo, which brings together in a buffer of its own."""
+        return self.sizes.device == "cuda" and self.num_ranks > 1 and self.config.launch.ranks_per_gpu > 1
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -156,6 +164,18 @@ class Setting:
     def adapter_is_resident(self) -> bool:
         """Whether the adapter is whole on every rank all the time."""
         return not self.zero3 or (self.fused and self.num_trained * self.compute_bytes <= MAX_RESIDENT_ADAPTER_BYTES)
+
+    @cached_property
+    def reduces_together(self) -> bool:
+        """Whether the adapter's gradients stay whole until the backward is over (``training.sharding.gradients``)."""
+        return self.zero3 and self.fused and self.adapter_is_resident and not self.offloads_optimizer
+
+    @property
+    def whole_gradient_bytes(self) -> int:
+        """Of all gradients of a backward that are reduced together."""
+        if not self.reduces_together:
+            return 0
+        return per_tensor([(numel * self.compute_bytes, count) for numel, count in self.adapter], self.sizes.rounded)
 
     def persists(self, weight: Weight) -> bool:
         """Whether ZeRO-3 keeps a parameter whole: small ones, but never packed weights or scales of our own layers."""
@@ -228,18 +248,27 @@ def ready(setting: Setting) -> Components:
         whole = sizes.rounded(setting.num_ranks * trained * width)
     elif setting.adapter_is_resident:
         whole = sizes.rounded(trained * width)  # of a single rank DeepSpeed has gathered it into memory of its own
-    found["adapter"] = sizes.rounded(trained * width) + whole  # the engine's flat part, and all of it beside
+    own = 0 if setting.offloads_parameters else sizes.rounded(trained * width)
+    found["adapter"] = own + whole  # the engine's flat part, and all of it beside
     state = 0 if setting.offloads_optimizer else sizes.rounded(trained * 4) if width != 4 else 0
     found["optimizer"] = state  # fp32 copy of the part that the optimizer steps
     found["gradients"] = 0 if setting.offloads_optimizer else sizes.rounded(trained * width)
-    found["reduce_bucket"] = sizes.rounded(_bucket(setting) * width) if setting.config.zero.contiguous_gradients else 0
+    found["reduce_bucket"] = 0 if setting.reduces_together else reduce_bucket_bytes(setting)
     return found
+
+
+def reduce_bucket_bytes(setting: Setting) -> int:
+    """The buffer that DeepSpeed's engine begins with, into which gradients are copied as they come."""
+    if not setting.config.zero.contiguous_gradients:
+        return 0
+    return setting.sizes.rounded(_bucket(setting) * setting.compute_bytes)
 
 
 def after_a_step(setting: Setting) -> Components:
     """Settled after an optimizer step: as when ready, and Adam's two moments."""
     found = dict(ready(setting))
     sizes, trained = setting.sizes, setting.num_trained_here
+    found["workspaces"] = 2 * CUBLAS_WORKSPACE if sizes.device == "cuda" else 0  # forward's thread and backward's
     per_element = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0}.get(setting.config.training.optim, 8)
     if setting.offloads_optimizer:
         return found
@@ -285,7 +314,8 @@ def _partitioned(setting: Setting) -> Components:
             if weight.quantized:
                 nested += [(size, block.count) for size in sizes.nested(weight.numel)]
         if setting.fused:
-            found["weights_4bit"] += (sizes.rounded(total) - total) * block.count
+            # One layer takes a segment of its own, the next one what the parts of the one before have left.
+            found["weights_4bit"] += (sizes.segment(total) - total) * block.count // 2
     for weight in shape.outside:
         for name, size in parts_of(setting, weight).items():
             found[name] += sizes.rounded(size)

@@ -1,6 +1,6 @@
 """What the memory model predicts against what is measured: the cases, the runs, and a table beside this script.
 
-    python tests/benchmarks/memory_model.py [--device cpu|cuda] [--cases tuned|held-out|NAME,...] [--at-once 2]
+    python tests/benchmarks/memory_model.py [--device cpu|cuda] [--cases tuned|held-out|all|NAME,...] [--at-once 2]
     python tests/benchmarks/memory_model.py --cases ""      # only print the errors of what the table holds
 
 Every case is a rehearsal of one rank (on a CPU without arithmetic, where memory alone is taken), or, where it says
@@ -23,7 +23,9 @@ from typing import Any
 TABLE = Path(__file__).with_name("memory_model.csv")
 SCRATCH = Path(tempfile.gettempdir()) / "qz3-memory-model"
 PHASES = ("load", "ready", "step")
-COLUMNS = ("case", "set", "device", "device_name", "world_size", "real_ranks", "changes", "measured")
+COLUMNS = ("case", "set", "device", "device_name", "capacity_bytes", "world_size", "real_ranks", "changes", "measured")
+TO_FILL_GIB = 64
+"""Of a GPU, that cases share which run at once: by what is predicted of them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,63 @@ CPU_CASES = (
          held_out=True),
 )  # fmt: skip
 
+STOCK = {
+    "model.load_strategy": "stock", "zero.release_gathered": False, "zero.shard_statistics": False,
+    "zero.leaf_modules": "none",
+}  # fmt: skip
+PLAIN = {"model.load_strategy": "replicated", "zero.zero_stage": 0}
+ACCUMULATE, OFFLOAD = "training.gradient_accumulation_steps", "training.activation_offload"
+DOUBLE = "quantization.bnb_4bit_use_double_quant"
+CUDA_CASES = (
+    Case("1b-1-nccl", "llama-3.2-1b", 1, "1x1024", ranks=True),
+    Case("1b-2-shared", "llama-3.2-1b", 2, "1x512", ranks=True),
+    Case("1b-4-shared", "llama-3.2-1b@8", 4, "2x512", ranks=True),
+    Case("1b-8-shared", "llama-3.2-1b@8", 8, "1x1024", ranks=True),
+    Case("1b-1-stock", "llama-3.2-1b", 1, "1x1024", STOCK, ranks=True),
+    Case("8b-2-stock", "llama-3.1-8b@8", 2, "1x1024", STOCK, ranks=True),
+    Case("8b-1-plain", "llama-3.1-8b@8", 1, "1x1024", PLAIN, ranks=True),
+    Case("8b-1-nccl", "llama-3.1-8b", 1, "1x1024", ranks=True),
+    Case("8b-1-nccl-long", "llama-3.1-8b@8", 1, "4x2048", {OFFLOAD: False}, ranks=True),
+    Case("1b-8", "llama-3.2-1b", 8, "1x2048"),
+    Case("3b-4", "llama-3.2-3b", 4, "2x1024"),
+    Case("8b-8", "llama-3.1-8b", 8, "1x1024"),
+    Case("8b-8-long", "llama-3.1-8b", 8, "4x2048", {OFFLOAD: False}),
+    Case("8b-8-8192", "llama-3.1-8b@16", 8, "1x8192", {OFFLOAD: False}),
+    Case("8b-8-batch", "llama-3.1-8b@16", 8, "8x512", {OFFLOAD: False}),
+    Case("8b-none", "llama-3.1-8b@8", 8, "1x1024", {CKPT: "none"}),
+    Case("8b-reentrant", "llama-3.1-8b@8", 8, "1x1024", {CKPT: "reentrant"}),
+    Case("8b-r128", "llama-3.1-8b@16", 8, "1x1024", {R: 128}),
+    Case("8b-plain-scales", "llama-3.1-8b@16", 8, "1x1024", {DOUBLE: False}),
+    Case("8b-qv", "llama-3.1-8b@16", 8, "1x1024", {TARGETS: ["q_proj", "v_proj"], R: 8}),
+    Case("8b-accumulated", "llama-3.1-8b@16", 8, "1x1024", {ACCUMULATE: 4}),
+    Case("8b-retained", "llama-3.1-8b@16", 8, "1x1024", {"zero.release_gathered": False}),
+    Case("8b-params-on-host", "llama-3.1-8b@16", 2, "1x1024", {"zero.offload_param_device": "cpu"}),
+    Case("70b-8", "llama-3.1-70b", 8, "1x1024"),
+    Case("405b-8", "llama-3.1-405b", 8, "1x1024"),
+    Case("qwen3-4", "qwen3-8b", 4, "1x1024"),
+    Case("gemma-8", "gemma-3-27b", 8, "1x1024"),
+    Case("mixtral-8", "mixtral-8x7b@8", 8, "1x1024"),
+    Case("8b-optimizer-on-host", "llama-3.1-8b@8", 2, "1x1024", {"zero.offload_optimizer_device": "cpu"}),
+    Case("1b-2-shared-attention", "llama-3.2-1b", 2, "2x512",
+         {TARGETS: ["q_proj", "k_proj", "v_proj", "o_proj"], R: 32}, held_out=True, ranks=True),
+    Case("1b-4-stock", "llama-3.2-1b@8", 4, "1x1024", STOCK, held_out=True, ranks=True),
+    Case("3b-1-nccl", "llama-3.2-3b", 1, "2x1024", held_out=True, ranks=True),
+    Case("mistral-2", "mistral-7b", 2, "1x2048", held_out=True),
+    Case("qwen3-32b-8", "qwen3-32b", 8, "1x1024", held_out=True),
+    Case("3b-2-r64", "llama-3.2-3b", 2, "2x1024", {R: 64}, held_out=True),
+    Case("8b-4-4096", "llama-3.1-8b", 4, "1x4096", held_out=True),
+    Case("8b-2-batch", "llama-3.1-8b@16", 2, "8x512", {OFFLOAD: False}, held_out=True),
+    Case("8b-8-offloaded", "llama-3.1-8b", 8, "4x2048", {OFFLOAD: True}, held_out=True),
+    Case("8b-whole-scales", "llama-3.1-8b@16", 8, "1x1024", {"zero.shard_statistics": False}, held_out=True),
+    Case("70b-4", "llama-3.1-70b@40", 4, "2x1024", held_out=True),
+    Case("405b-8-long", "llama-3.1-405b", 8, "2x2048", held_out=True),
+    Case("405b-4", "llama-3.1-405b@40", 4, "1x1024", held_out=True),
+    Case("gemma-4", "gemma-3-27b@16", 4, "1x2048", held_out=True),
+    Case("qwen3-moe-8", "qwen3-30b-a3b@12", 8, "1x1024", held_out=True),
+    Case("mixtral-4", "mixtral-8x7b@6", 4, "2x512", held_out=True),
+    Case("qwen3-14b-8192", "qwen3-14b", 8, "1x8192", held_out=True),
+)  # fmt: skip
+
 
 def config_of(fields: dict[str, Any], device: str) -> Any:
     """The configuration of a case."""
@@ -141,6 +200,7 @@ def read(case: Case, device: str, run: Any) -> dict[str, str]:
         "set": "held-out" if case.held_out else "tuned",
         "device": device,
         "device_name": str(header["device_name"]),
+        "capacity_bytes": str(header["capacity_bytes"]),
         "world_size": str(case.world_size),
         "real_ranks": str(int(case.ranks)),
         "changes": json.dumps(case.fields()),
@@ -164,13 +224,32 @@ def save_table(rows: list[dict[str, str]], path: Path = TABLE) -> None:
         writer.writerows(rows)
 
 
+def gib_of(case: Case, device: str) -> float:
+    """What a case is predicted to take of its device, with room for what is not predicted."""
+    from qz3_widgets.plan.memory import forecast
+    from qz3_widgets.plan.shapes import model_shape
+
+    ranks = {"launch.ranks_per_gpu": case.world_size} if case.ranks else {}
+    config = config_of({**case.fields(), **ranks}, device)
+    expected = forecast(
+        config, model_shape(config), device="cuda" if device == "cuda" else "cpu", world_size=case.world_size
+    )
+    return (expected.peak_bytes / 2**30 * 1.3 + 1) * (case.world_size if case.ranks else 1)
+
+
 def measure(cases: list[Case], device: str, at_once: int, out: Path) -> None:
     """Run the cases, some at a time; each line is written as soon as it is there."""
-    waiting, running = list(cases), list[tuple[Case, Any]]()
+    needed = {case.name: gib_of(case, device) for case in cases}
+    waiting = sorted(cases, key=lambda case: needed[case.name], reverse=device == "cuda")
+    running = list[tuple[Case, Any]]()
     while waiting or running:
-        while waiting and len(running) < at_once:
-            case = waiting.pop(0)
-            running.append((case, begin(case, device)))
+        taken = sum(needed[case.name] for case, _ in running)
+        for case in list(waiting):
+            fits = device == "cpu" or not running or taken + needed[case.name] <= TO_FILL_GIB
+            if fits and sum(each.world_size if each.ranks else 1 for each, _ in running) < at_once:
+                waiting.remove(case)
+                running.append((case, begin(case, device)))
+                taken += needed[case.name]
         time.sleep(0.5)
         for case, run in [pair for pair in running if pair[1].status.has_ended]:
             running.remove((case, run))
@@ -190,10 +269,11 @@ def errors(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str, int, in
 
     found = []
     for row in rows:
-        config = config_of(json.loads(row["changes"]), row["device"])
+        ranks = {"launch.ranks_per_gpu": int(row["world_size"])} if row["real_ranks"] == "1" else {}
+        config = config_of({**json.loads(row["changes"]), **ranks}, row["device"])
         predicted = forecast(
             config, model_shape(config), device="cuda" if row["device"] == "cuda" else "cpu",
-            world_size=int(row["world_size"]),
+            world_size=int(row["world_size"]), capacity_bytes=int(row.get("capacity_bytes") or 0) or None,
         )  # fmt: skip
         for phase, figures in json.loads(row["measured"]).items():
             for name, measured in figures.items():
@@ -227,11 +307,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args()
-    all_cases = CPU_CASES
+    all_cases = CPU_CASES if options.device == "cpu" else CUDA_CASES
     names = options.cases.split(",")
     chosen = [
         case for case in all_cases
-        if options.cases == ("held-out" if case.held_out else "tuned") or case.name in names
+        if options.cases in ("all", "held-out" if case.held_out else "tuned") or case.name in names
     ]  # fmt: skip
     measure(chosen, options.device, options.at_once, options.table)
     report([row for row in load_table(options.table) if row["device"] == options.device])

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 
 class Stopwatch:
     """Time spent in records, and step times by whether they were recorded."""
@@ -59,26 +61,31 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--model", default=None, help="folder of a model; the demo's, if left out")
+    parser.add_argument("--model", default=None, help="a model, random: too; the demo's, if left out")
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
 
+    from sharding import texts
+
     from qz3_widgets.config.changes import with_changes
+    from qz3_widgets.config.schema import RunConfig
     from qz3_widgets.demo import demo_configs, prepare_demo
     from qz3_widgets.launch.command import environment_of
     from qz3_widgets.launch.directory import render_into
     from qz3_widgets.plan.plan import make_plan
 
-    folder = prepare_demo()
-    _, config = demo_configs(folder=folder)
     changes: dict[str, Any] = {
         "launch.num_processes": 1, "launch.ranks_per_gpu": 1, "training.max_steps": options.steps,
         "training.eval_on_start": False, "data.eval_source": None, "data.eval_fraction": 0.0,
         "training.memory_sample_seconds": 0.2, "training.per_device_train_batch_size": options.batch,
     }  # fmt: skip
     if options.model is not None:
-        changes["model.name_or_path"] = options.model
-    config = with_changes(config, changes)
+        lines = texts(Path(tempfile.mkdtemp()) / "texts.jsonl", count=256)
+        base = RunConfig()
+        changes |= {"model.name_or_path": options.model, "data.source": str(lines)}
+    else:
+        _, base = demo_configs(folder=prepare_demo())
+    config = with_changes(base, changes)
     plan = make_plan(config)
     with tempfile.TemporaryDirectory() as scratch:
         layout = render_into(plan, Path(scratch) / "run")

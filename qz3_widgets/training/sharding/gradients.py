@@ -1,9 +1,9 @@
 """The adapter's gradients, reduced in a few collectives after the backward.
 
 DeepSpeed takes each gradient when it is there: a hook, a copy into a bucket, a copy out of it, a norm, for hundreds of
-small tensors in every step. Parameters that are whole on all ranks (:mod:`.resident`) need none of that. They keep their
-gradients until the backward is over; then these are put side by side, reduced, and written where DeepSpeed expects this
-rank's part, with the arithmetic that DeepSpeed would have done. Its optimizer goes on from there.
+small tensors in every step. Parameters that are whole on all ranks (:mod:`.resident`) need none of that. They keep
+their gradients until the backward is over; then these are put side by side, reduced, and written where DeepSpeed
+expects this rank's part, with the arithmetic that DeepSpeed would have done. Its optimizer goes on from there.
 """
 
 from __future__ import annotations

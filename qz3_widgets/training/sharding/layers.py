@@ -240,12 +240,12 @@ def gather_layers(model: nn.Module, engine: Any, *, device: torch.device, prefet
         _read_plainly(module)
         make_lean(module)
     small = _keep_adapter_whole(modules, list(offload.persistent_parameters))
+    _reduce_resident(modules, engine.optimizer)  # before the rest: it gives memory back
     layers = [GatheredLayer(module, device) for module in modules]
     ours = {id(parameter) for layer in layers for parameter in layer.frozen}
     resident = ResidentParameters([each for each in small if id(each) not in ours], device)
     offload.persistent_parameters = engine.optimizer.persistent_parameters = [resident] if resident.parameters else []
     _stay_whole(offload, engine.optimizer, resident, model)
-    _reduce_resident(modules, engine.optimizer)
     offload.layer_gather = LayerGather(layers, prefetch=prefetch)
     return offload.layer_gather  # type: ignore[no-any-return]
 
