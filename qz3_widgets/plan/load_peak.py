@@ -78,9 +78,13 @@ def _parts_passing(setting: Setting, settled: Components) -> Iterator[tuple[int,
 EXCHANGE_SCALES = 2**22
 """Scales of a rank that are exchanged together (``training.sharding.quantizer``)."""
 
-EXCHANGE_BYTES = 12
-"""For each of them while they are exchanged: fp32 until then (4), in bf16 once to send, in the order of the receivers,
-as they arrive, and in order again (2 each); see ``training.sharding.scales``."""
+EXCHANGE_BYTES = {True: 13, False: 31}
+"""For each of them while they are exchanged, with double quantization and without; see ``training.sharding.scales``.
+
+With: fp32 until then (4), in bf16 to send, in the order of the receivers, as they arrive, and in order again (2 each).
+Without, the fullest moment is when they are dealt out, in fp32: seven times, in the order of each stage. Weights do
+not divide evenly among their owners, which adds a tenth.
+"""
 
 
 def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, str]]:
@@ -99,7 +103,7 @@ def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, str]]:
         # Before the exchange these statistics are not there, nor is what is loaded after it.
         without = (statistics + nested) * (scales + missing) // own
         later = total * missing // own if missing else 0
-        taken = (EXCHANGE_BYTES + whole) * scales
+        taken = (EXCHANGE_BYTES[sizes.double_quant] + whole) * scales
         yield math.ceil(total - without - later + taken), f"the scales of {scales:,} blocks are exchanged"
 
 

@@ -246,8 +246,8 @@ def ready(setting: Setting) -> Components:
     whole = 0
     if setting.adapter_is_resident and setting.num_ranks > 1:
         whole = sizes.rounded(setting.num_ranks * trained * width)
-    elif setting.adapter_is_resident:
-        whole = sizes.rounded(trained * width)  # of a single rank DeepSpeed has gathered it into memory of its own
+    elif setting.adapter_is_resident and sizes.device == "cpu":
+        whole = sizes.rounded(trained * width)  # of a single rank; on a GPU it is the engine's own
     own = 0 if setting.offloads_parameters else sizes.rounded(trained * width)
     found["adapter"] = own + whole  # the engine's flat part, and all of it beside
     state = 0 if setting.offloads_optimizer else sizes.rounded(trained * 4) if width != 4 else 0
