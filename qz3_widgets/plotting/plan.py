@@ -23,9 +23,13 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("c-statistics", "statistics", ("statistics",)),
     ("c-weights-16bit", "16-bit weights, embeddings", ("weights_16bit", "kept_whole", "embeddings")),
     ("c-lora", "LoRA, gradients, optimizer", ("adapter", "gradients", "optimizer", "reduce_bucket")),
-    ("c-gathered", "gathered and dequantized", ("gathered_layers", "retained_layers", "dequantized")),
+    ("c-gathered", "gathered and dequantized", ("gathered_layers", "retained_layers", "on_the_way", "dequantized")),
     ("c-activations", "activations", ("activations",)),
-    ("c-working", "working set, loss, the rest", ("working_set", "logits", "loading", "batch", "buffers", "noise")),
+    (
+        "c-working",
+        "working set, loss, the rest",
+        ("working_set", "logits", "loading", "batch", "workspaces", "buffers", "noise"),
+    ),
 )
 """Token of the colour, name, and the components of :data:`qz3_widgets.plan.memory.LABELS` that belong together."""
 
