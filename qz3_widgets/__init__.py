@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .plan.plan import Plan, PlanError, make_plan
     from .plan.prospect import Prospect, prospect
     from .plan.rehearsal import make_rehearsal
-    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_plan, plot_time
+    from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_plan, plot_time, plot_truth
     from .plotting.report import export_html
     from .runs.store import Run, RunNotFound, list_runs, open_run
     from .widgets.live import LiveRun, watch
@@ -65,6 +65,7 @@ _HOME: dict[str, str] = {
     "plot_peaks": ".plotting",
     "plot_plan": ".plotting",
     "plot_time": ".plotting",
+    "plot_truth": ".plotting",
     "prepare_demo": ".demo",
     "preset": ".config.presets",
     "prospect": ".plan.prospect",
@@ -115,6 +116,7 @@ __all__ = [
     "plot_peaks",
     "plot_plan",
     "plot_time",
+    "plot_truth",
     "prepare_demo",
     "preset",
     "prospect",
@@ -136,7 +138,25 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(home, __name__), name)
     globals()[name] = value
+    if name == "Plan" or home.startswith(".plan."):
+        _let_plans_show_their_picture()
     return value
+
+
+def _let_plans_show_their_picture() -> None:
+    """Plans know nothing of figures, so what draws them in a notebook is handed to them here."""
+    from .plan.plan import Plan
+
+    Plan.picture = staticmethod(_picture_of)
+
+
+def _picture_of(plan: Plan) -> str:
+    """HTML of a plan's memory; empty where its model's shape would have to be found out first."""
+    from .plan.prospect import prospect_at_hand
+    from .plotting import plot_plan
+
+    found = prospect_at_hand(plan)
+    return "" if found is None else plot_plan(found)._repr_html_()
 
 
 def __dir__() -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config.changes import with_changes
 from ..config.schema import RunConfig
@@ -57,6 +57,8 @@ class Plan:
     threads_per_rank: int
     created: str  # ISO 8601, UTC
     rehearsal: Rehearsal | None = None  # one process plays one rank of world_size
+    picture: ClassVar[Callable[[Plan], str] | None] = None
+    """What draws a plan in a notebook, as HTML; the package's top sets it, for a plan knows nothing of figures."""
 
     @property
     def errors(self) -> tuple[Issue, ...]:
@@ -172,7 +174,9 @@ class Plan:
         )
         number = len(self.errors)
         verdict = "Ready to start." if self.ok else f"Can't start: {number} problem{'s' if number != 1 else ''}."
-        return f"<div class='qz3-plan'><p><b>{verdict}</b></p><table>{head}{found}</table></div>"
+        picture = type(self).picture
+        drawn = picture(self) if picture is not None else ""
+        return f"<div class='qz3-plan'><p><b>{verdict}</b></p><table>{head}{found}</table>{drawn}</div>"
 
 
 def make_plan(config: RunConfig, capabilities: Capabilities | None = None) -> Plan:

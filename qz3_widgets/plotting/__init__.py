@@ -6,6 +6,16 @@ from .memory import plot_memory
 from .peaks import plot_peaks
 from .plan import plot_plan
 from .time import plot_time
+from .truth import plot_truth
 from .view import FigureView
 
-__all__ = ["FigureView", "plot_loss", "plot_memory", "plot_memory_compare", "plot_peaks", "plot_plan", "plot_time"]
+__all__ = [
+    "FigureView",
+    "plot_loss",
+    "plot_memory",
+    "plot_memory_compare",
+    "plot_peaks",
+    "plot_plan",
+    "plot_time",
+    "plot_truth",
+]

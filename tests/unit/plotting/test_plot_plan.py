@@ -72,3 +72,21 @@ def test_it_draws_into_given_axes() -> None:
     ax = Figure(figsize=(6, 3)).add_subplot()
     assert plot_plan(on_imagined(preset("llama-3.1-8b"), 2, 24), ax=ax) is ax
     assert len(ax.patches) > 6
+
+
+def test_a_plan_shows_its_picture_in_a_notebook() -> None:
+    import qz3_widgets
+
+    plan = qz3_widgets.on_imagined(preset("llama-3.1-405b"), 8, 80)
+    shown = plan._repr_html_()
+    assert "<svg" in shown
+    assert "capacity" in shown
+
+
+def test_a_plan_of_an_unknown_shape_shows_no_picture() -> None:
+    import qz3_widgets
+
+    plan = qz3_widgets.on_imagined(
+        with_changes(preset("llama-3.1-8b"), {"model.name_or_path": "somebody/model"}), 8, 80
+    )
+    assert "<svg" not in plan._repr_html_()
