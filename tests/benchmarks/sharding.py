@@ -85,7 +85,7 @@ def follow(run: Any, timeout: float) -> dict[str, Any]:
     table = peaks(trace)
     for phase in ("load", "attach", "ready", "step"):
         rows = table[table["phase"] == phase]
-        if len(rows):
+        if rows["settled_bytes"].notna().any():
             figures[f"{phase}_settled_gib"] = float(rows["settled_bytes"].max()) / 2**30
             figures[f"{phase}_peak_gib"] = float(rows["peak_bytes"].max()) / 2**30
             figures[f"{phase}_seconds"] = float((rows["end_seconds"] - rows["begin_seconds"]).max())
