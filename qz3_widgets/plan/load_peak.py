@@ -59,14 +59,20 @@ def _parts_passing(setting: Setting, settled: Components) -> Iterator[tuple[int,
     """
     sizes = setting.sizes
     total = sum(settled.values())
+    if setting.is_random and sizes.device == "cpu":
+        # In fp32 first, which on a GPU's host nobody counts; before the first matrix.
+        yield 3 * NOISE_BYTES, "the noise of random weights is made"
     still_to_come = sum(
         sum(map(sizes.rounded, parts_of(setting, weight).values())) * count for weight, count in setting.shape.weights()
     )
+    # Where a piece of noise begins depends on the parameter's name: among many short ones some cross a period's end.
+    lengths = [(w.numel / setting.num_ranks * sizes.dtype_bytes, count) for w, count in setting.shape.weights()]
+    crosses = sum(length * count for length, count in lengths if length < NOISE_BYTES) > NOISE_BYTES / 2
     for weight, count in _in_order(setting.shape):
         own = sum(map(sizes.rounded, parts_of(setting, weight).values()))
         part = weight.numel / setting.num_ranks * sizes.dtype_bytes
         if setting.is_random:
-            passing = 2 * part + NOISE_BYTES / 2
+            passing = part + _noise(part, crosses=crosses)
         else:
             passing = part + (2 * sum(parts_of(setting, weight).values()) if weight.quantized else 0)
         still_to_come -= own * (count - 1)
@@ -85,6 +91,13 @@ With: fp32 until then (4), in bf16 to send, in the order of the receivers, as th
 Without, the fullest moment is when they are dealt out, in fp32: seven times, in the order of each stage. Weights do
 not divide evenly among their owners, which adds a tenth.
 """
+
+
+def _noise(part: float, *, crosses: bool) -> float:
+    """A piece of the noise as long as ``part``, cut out of as many periods as it touches."""
+    if part < NOISE_BYTES:
+        return 2 * NOISE_BYTES if crosses else part
+    return math.ceil(part / NOISE_BYTES + 0.5) * NOISE_BYTES
 
 
 def _exchanges(setting: Setting, total: int) -> Iterator[tuple[int, str]]:

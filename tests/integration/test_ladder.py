@@ -21,19 +21,17 @@ def test_two_rungs_and_the_top(qz3: Qz3, tmp_path: Path) -> None:
     shape.write_text(json.dumps(read_shape("tiny-llama") | SHAPE))
     fields = {"model.name_or_path": f"random:{shape}", "data.max_length": 256, "launch.device": "cpu"}
     save_config(with_changes(RunConfig(), fields), config)
-    options = ["--world-size", "4", "--rungs", "1,2", "--runs-dir", tmp_path / "my runs", "--json"]
+    options = ["--world-size", "4", "--rungs", "2,4", "--runs-dir", tmp_path / "my runs", "--json"]
     done = qz3("ladder", config, *options, timeout=2 * RUN_SECONDS)
     document = json.loads(done.stdout)
-    assert done.returncode == (0 if document["ok"] else 1), done.stderr
+    assert document["ok"], done.stdout
+    assert done.returncode == 0, done.stderr
     assert [(rung["num_layers"], rung["extrapolated"]) for rung in document["rungs"]] == [
-        (1, False),
         (2, False),
+        (4, False),
         (24, True),
     ]
-    # The peak of so small a model's load is mostly the pool that random weights are made from: it is not looked at.
     for rung in document["rungs"]:
         for each in rung["figures"]:
-            if each["figure"] == "settled_bytes":
-                assert abs(each["relative"]) < 0.01, (rung["num_layers"], each)
-            elif each["phase"] == "step":
-                assert abs(each["relative"]) < 0.03, (rung["num_layers"], each)
+            limit = 0.01 if each["figure"] == "settled_bytes" else 0.03 if each["phase"] == "step" else 0.08
+            assert abs(each["relative"]) < limit, (rung["num_layers"], each)
