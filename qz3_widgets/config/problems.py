@@ -145,6 +145,13 @@ def is_choice(path: str) -> bool:
     return all({"enum", "const"} & part.keys() for part in _fragments(path))
 
 
+def kinds(path: str) -> frozenset[str]:
+    """What the field takes, as JSON types; ``"choice"`` stands for fixed values."""
+    return frozenset(
+        "choice" if {"enum", "const"} & part.keys() else str(part.get("type", "string")) for part in _fragments(path)
+    )
+
+
 def allowed(path: str) -> str:
     """What the field takes, in words: ``"a whole number from 1 to 1024"``, ``"one of nf4, fp4"``."""
     return ", or ".join(_describe(part) for part in _fragments(path))
