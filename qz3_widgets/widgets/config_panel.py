@@ -127,6 +127,10 @@ class ConfigPanel(Panel):
         if self.draft.set_value(path, value):
             self._changed()
 
+    def settle(self) -> None:
+        """Take what is still being typed, at once."""
+        self._typing.flush()
+
     @handler("apply the change")
     def apply(self, changes: Mapping[str, Any]) -> None:
         """Apply a fix or advice; the fields are marked as changed, nothing is started."""
@@ -147,9 +151,9 @@ class ConfigPanel(Panel):
         self._changed()
 
     @handler("reset the field")
-    def reset(self, path: str) -> None:
-        """Give a field the preset's value back."""
-        if self.draft.reset(path):
+    def reset(self, *paths: str) -> None:
+        """Give fields the preset's values back; all of them, if none is named."""
+        if self.draft.reset(*paths):
             self._changed()
 
     @handler("take the change back")
@@ -323,7 +327,7 @@ class ConfigPanel(Panel):
         if tuple(place.children) != (*wanted, more):
             place.children = (*wanted, more)
         num_rare = sum(known.rare for known in section.fields)
-        more.description = f"Show {hidden} more fields" if hidden else "Show fewer fields"
+        more.description = f"Show {hidden} more field{'s' * (hidden > 1)}" if hidden else "Show fewer fields"
         more.tooltip = f"{section.name}: {more.description}"
         show(more, shown=found is None and bool(hidden or (unfolded and num_rare)))
 
@@ -422,6 +426,7 @@ class ConfigPanel(Panel):
         if which == "load":
             found = list_saved(self.runs_dir)
             self.saved.options = [(path.stem, str(path)) for path in found]
+            self.saved.value = str(found[0]) if found else None
             show(self.saved, shown=bool(found))
             show(self.saved_button, shown=bool(found))
         elif which == "save":

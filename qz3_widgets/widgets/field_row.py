@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from ..config.form import FormField
 from ..config.problems import ConfigError
 from ..markup import escape
-from .panel import button, options, set_children
+from .panel import button, close_all, options
 
 _GLYPHS = {"error": "✕", "warning": "!", "info": "i"}
 
@@ -108,8 +108,7 @@ class FieldRow:
         old = [child for child in self.box.children if child not in (self.control, self.aside, self.reset)]
         self.box.children = [*children, *(self._trouble(each) for each in troubles)]
         for child in old:
-            set_children(child, ())
-            child.close()
+            close_all(child)
 
     def _show_value(self, value: Any, text: str) -> None:
         self._silent = True
@@ -157,7 +156,8 @@ class FieldRow:
 
     def _make_control(self, label: str, suggestions: Sequence[str]) -> Any:
         known = self.known
-        common = {"description": label, "tooltip": known.help}
+        # A long name may break after each of its words, and nowhere else.
+        common = {"description": label.replace("_", "_\u200b"), "tooltip": known.help}
         if known.kind == "switch":
             return widgets.Checkbox(value=bool(known.default), indent=False, **common)
         if known.kind == "choice":
