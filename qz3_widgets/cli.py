@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_queue import queue_app
 from .config.changes import apply_overrides
 from .config.io import dump_config, load_config
 from .config.presets import PRESET_GPUS, PRESETS, preset, preset_description
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="QLoRA with DeepSpeed ZeRO-3: configure, launch, trace, read back, compare.",
 )
+app.add_typer(queue_app, name="queue")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -147,6 +149,22 @@ def run(
     if not even_if_too_large:
         refuse_if_too_large(plan)
     _follow_and_exit(start(plan, runs_dir=runs_dir), detach=detach, as_json=as_json)
+
+
+@queue_app.command("add")
+def add_to_queue(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    even_if_too_large: Annotated[
+        bool, typer.Option("--even-if-too-large", help="Start it even if the plan says that it does not fit.")
+    ] = False,
+) -> None:
+    """Put a run at the end of the queue; it starts when no other run of the folder goes on."""
+    from .launch.queue import Queue
+
+    entry = Queue(runs_dir).add(_load(config, overrides), even_if_too_large=even_if_too_large)
+    out.print(f"queued {escape(entry.entry_id)}", soft_wrap=True)
 
 
 @app.command()
