@@ -197,6 +197,16 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
     Raises:
         ValueError: ``runs_dir`` is no folder, or can't be read.
     """
+    runs = [Run(entry) for entry in list_run_folders(runs_dir)]
+    return sorted(runs, key=lambda run: (run.created, run.run_id), reverse=True)
+
+
+def list_run_folders(runs_dir: str | Path = "runs") -> list[Path]:
+    """The run directories in ``runs_dir``, in no order; none, if it does not exist.
+
+    Raises:
+        ValueError: ``runs_dir`` is no folder, or can't be read.
+    """
     folder = Path(runs_dir).expanduser()
     try:
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -204,8 +214,7 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         return []
     except OSError as error:
         raise ValueError(f"{folder} can't be read as a folder of runs: {error.strerror or error}") from error
-    runs = [Run(entry) for entry in entries if _is_run(entry)]
-    return sorted(runs, key=lambda run: (run.created, run.run_id), reverse=True)
+    return [entry for entry in entries if _is_run(entry)]
 
 
 def open_run(run: str | Path | Run, runs_dir: str | Path = "runs") -> Run:
