@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .demo import demo_configs, prepare_demo
     from .launch.directory import render_into
     from .launch.process import resume, start, stop
+    from .launch.queue import Queue
     from .plan.capabilities import Capabilities, detect, imagine
     from .plan.imagined import on_imagined
     from .plan.plan import Plan, PlanError, make_plan
@@ -29,21 +30,36 @@ if TYPE_CHECKING:
     from .plotting import plot_loss, plot_memory, plot_memory_compare, plot_peaks, plot_plan, plot_time, plot_truth
     from .plotting.report import export_html
     from .runs.store import Run, RunNotFound, list_runs, open_run
+    from .widgets.compare_panel import ComparePanel
+    from .widgets.config_panel import ConfigPanel
+    from .widgets.launch_panel import LaunchPanel
     from .widgets.live import LiveRun, watch
+    from .widgets.monitor_panel import MonitorPanel
+    from .widgets.plan_panel import PlanPanel
+    from .widgets.runs_panel import RunsPanel
+    from .widgets.workbench import Workbench
 
 _HOME: dict[str, str] = {
     "Capabilities": ".plan.capabilities",
+    "ComparePanel": ".widgets.compare_panel",
     "Comparison": ".analysis.compare",
     "ConfigError": ".config.io",
+    "ConfigPanel": ".widgets.config_panel",
+    "LaunchPanel": ".widgets.launch_panel",
     "LiveRun": ".widgets.live",
+    "MonitorPanel": ".widgets.monitor_panel",
     "PRESETS": ".config.presets",
     "Plan": ".plan.plan",
     "PlanError": ".plan.plan",
+    "PlanPanel": ".widgets.plan_panel",
     "Proof": ".analysis.proof",
     "Prospect": ".plan.prospect",
+    "Queue": ".launch.queue",
     "Run": ".runs.store",
     "RunConfig": ".config.schema",
     "RunNotFound": ".runs.store",
+    "RunsPanel": ".widgets.runs_panel",
+    "Workbench": ".widgets.workbench",
     "apply_overrides": ".config.changes",
     "compare": ".analysis.compare",
     "demo_configs": ".demo",
@@ -84,16 +100,24 @@ _HOME: dict[str, str] = {
 __all__ = [
     "PRESETS",
     "Capabilities",
+    "ComparePanel",
     "Comparison",
     "ConfigError",
+    "ConfigPanel",
+    "LaunchPanel",
     "LiveRun",
+    "MonitorPanel",
     "Plan",
     "PlanError",
+    "PlanPanel",
     "Proof",
     "Prospect",
+    "Queue",
     "Run",
     "RunConfig",
     "RunNotFound",
+    "RunsPanel",
+    "Workbench",
     "__version__",
     "apply_overrides",
     "compare",

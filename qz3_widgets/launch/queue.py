@@ -2,6 +2,7 @@
 
 It lies in the hidden folder ``.queue`` of the runs folder: a file for each entry, their order, and two locks. Nothing
 is kept in memory, so notebooks, commands and the runner see the same queue, and none of them is needed for it to last.
+The runs have the environment of whoever started the runner; it is written nowhere, for it may hold secrets.
 """
 
 from __future__ import annotations
@@ -13,29 +14,27 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config.changes import from_plain
+from ..config.presets import preset as preset_config
 from ..config.schema import RunConfig
 from ..plan.plan import make_plan
 from ..plan.prospect import refuse_if_too_large
-from ..runs.alive import this_host
-from ..runs.files import modified, read_json_object, write_json_atomic
+from ..runs.files import read_json_object, write_json_atomic
 from ..runs.secrets import redact
-from ..runs.status import read_status, utc_now
-from ..runs.store import Run, list_runs
+from ..runs.status import utc_now
+from ..runs.store import Run
 from .directory import child_environment, refuse_secrets
 
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-
 _VERSION = 1
-_LOCK_SECONDS = 0.5
+_LOCK_SECONDS = 0.5  # whoever asks whether there is a runner holds its lock for some microseconds
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,19 @@ class Entry:
         """
         if content.get("version") != _VERSION:
             raise ValueError(f"{source} is no entry of this version")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in content.items() if key in known}
-        config = from_plain(values.pop("config", None), source=source)
-        try:
-            return cls(config=config, **values)
-        except TypeError as error:
-            raise ValueError(f"{source} can't be read: {error}") from error
+        config = from_plain(content.get("config"), source=source)
+        values = {}
+        for field in dataclasses.fields(cls):
+            if field.name == "config":
+                continue
+            value = content.get(field.name)
+            allowed = (bool,) if field.name == "even_if_too_large" else (str,)
+            if field.name in {"preset", "starting", "error"}:
+                allowed = (*allowed, type(None))
+            if not isinstance(value, allowed):
+                raise ValueError(f"{source} can't be read: {field.name} is {value!r}")
+            values[field.name] = value
+        return cls(config=config, **values)
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,8 @@ class Queue:
 
     def entries(self) -> tuple[Entry, ...]:
         """Those that wait, in their order, and then those that could not be started. A damaged file is left out."""
-        found = self._read_entries()
-        order = [entry_id for entry_id in self._state()["order"] if entry_id in found]
+        found, _ = self._read_entries()
+        order = [entry_id for entry_id in dict.fromkeys(self._state()["order"]) if entry_id in found]
         rest = sorted(
             (entry for entry_id, entry in found.items() if entry_id not in order), key=lambda each: each.added
         )
@@ -126,9 +131,18 @@ class Queue:
             runner_alive=self.runner_alive(),
         )
 
-    def version(self) -> tuple[float, ...]:
-        """Changes when entries or their order do; costs two looks at the disk."""
-        return (modified(self.folder / "entries"), modified(self.folder / "state.json"))
+    def version(self) -> tuple[int, ...]:
+        """Changes when entries or their order do, or it is paused; costs two looks at the disk."""
+        found: list[int] = []
+        for path in (self.folder / "entries", self.folder / "state.json"):
+            try:
+                stat = path.stat()
+            except OSError:
+                found += [0, 0]
+            else:
+                # Two changes within one tick of the clock differ in the file that took the other's place.
+                found += [stat.st_mtime_ns, stat.st_ino]
+        return tuple(found)
 
     def add(self, config: RunConfig, *, preset: str | None = None, even_if_too_large: bool = False) -> Entry:
         """Put a run at the end, and see to it that a runner is alive.
@@ -140,9 +154,11 @@ class Queue:
 
         Raises:
             PlanError: it can't be started on this machine; the plan is made again when its turn comes.
-            ValueError: a field holds a secret, or the folder can't be written.
+            ValueError: a field holds a secret, there is no such preset, or the folder can't be written.
         """
         refuse_secrets(config)
+        if preset is not None:
+            preset_config(preset)
         plan = make_plan(config)
         plan.raise_if_blocked()
         if not even_if_too_large:
@@ -184,16 +200,22 @@ class Queue:
         raise ValueError(f"there is no entry {name!r} in the queue: {there}")
 
     def move(self, entry_id: str, place: int) -> None:
-        """Put a waiting entry at ``place``, counted from 0; beyond the ends it goes to the end.
+        """Put an entry at ``place`` of those that wait, counted from 0; beyond the ends it goes to the end.
+
+        One that could not be started waits again from then on.
 
         Raises:
-            ValueError: no such entry, or it is being started.
+            ValueError: no such entry, or it is being started; the folder can't be written.
         """
         with self.locked():
-            self._changeable(entry_id)
+            entry = self._changeable(entry_id)
             waiting = [entry.entry_id for entry in self.entries() if entry.error is None and entry.entry_id != entry_id]
             waiting.insert(max(0, place), entry_id)
             self._write_state({**self._state(), "order": waiting})
+            if entry.error is not None:
+                self.write_entry(dataclasses.replace(entry, error=None, starting=None))
+        if entry.error is not None:
+            self.ensure_runner()
 
     def remove(self, entry_id: str) -> None:
         """Take an entry out, also one that could not be started.
@@ -222,20 +244,27 @@ class Queue:
         Raises:
             ValueError: the folder can't be written.
         """
+        if not self.has_work():
+            return
         with self.locked():
-            if self.runner_alive() or not self.has_work():
+            if self.runner_alive():
                 return
-            command = [sys.executable, "-P", "-m", "qz3_widgets.launch.queue_runner", str(self.runs_dir)]
-            with open(self.log, "ab") as log:
+            with open(self.folder / "runner.lock", "ab") as lock, open(self.log, "ab") as log:
+                if not _lock_soon(lock.fileno()):
+                    return
+                # The runner inherits the lock, so that there is one from this moment on and not when it has come up.
+                command = [sys.executable, "-P", "-m", "qz3_widgets.launch.queue_runner", str(self.runs_dir)]
                 process = subprocess.Popen(
-                    command,
+                    [*command, str(lock.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                     env=child_environment(),
+                    pass_fds=(lock.fileno(),),
                 )
-            _reap_later(process)
+            # Nobody here waits for it, and what has ended is to be reaped.
+            threading.Thread(target=process.wait, name=f"qz3-reaper-{process.pid}", daemon=True).start()
 
     def runner_alive(self) -> bool:
         """Whether a runner works on this queue, on any machine that shares the folder's locks."""
@@ -260,9 +289,9 @@ class Queue:
 
     def write_entry(self, entry: Entry) -> None:
         """Write an entry; the caller holds the lock."""
-        folder = self.folder / "entries"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(folder / f"{entry.entry_id}.json", entry.to_json())
+        file = self._entry_file(entry.entry_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, entry.to_json())
 
     def drop(self, entry_id: str) -> None:
         """Forget an entry; the caller holds the lock."""
@@ -283,62 +312,66 @@ class Queue:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / "lock", "ab")  # noqa: SIM115 - closed below, which lets go of the lock
+            with open(self.folder / "lock", "ab") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+                yield
         except OSError as error:
-            raise ValueError(f"the queue in {self.folder} can't be written: {error.strerror or error}") from error
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            yield
-        finally:
-            file.close()
+            reason = error.strerror or error
+            raise ValueError(
+                f"the queue in {self.folder} can't be written: {reason}; make room or give yourself the right to "
+                "write there, or choose another folder with --runs-dir or QZ3_RUNS_DIR"
+            ) from error
 
     @contextmanager
-    def runner_lock(self) -> Iterator[bool]:
-        """Be the one runner; gives whether that is so."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "runner.lock", "ab") as file:
-            # Whoever asks whether a runner is alive holds the lock for a moment.
-            deadline = time.monotonic() + _LOCK_SECONDS
-            while not (alone := _try_lock(file.fileno())) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            yield alone
+    def runner_lock(self, inherited: int | None = None) -> Iterator[bool]:
+        """Be the one runner; gives whether that is so.
 
-    def _changeable(self, entry_id: str) -> None:
-        entry = self._read_entries().get(entry_id)
+        Args:
+            inherited: The descriptor of the lock that :meth:`ensure_runner` took for the runner; closed at the end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "runner.lock" if inherited is None else inherited, "ab") as file:
+            yield _lock_soon(file.fileno())
+
+    def _changeable(self, entry_id: str) -> Entry:
+        entry = self._read_entries()[0].get(entry_id)
         if entry is None:
             raise ValueError(f"{entry_id} is no more in the queue; it was started or removed")
         if entry.starting is not None and entry.error is None:
             raise ValueError(f"{entry.name} is being started; stop the run instead")
+        return entry
 
     def _entry_file(self, entry_id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry_id):
             raise ValueError(f"{entry_id!r} is no entry of the queue")
         return self.folder / "entries" / f"{entry_id}.json"
 
-    def _read_entries(self) -> dict[str, Entry]:
-        found = {}
-        try:
-            files = sorted((self.folder / "entries").glob("[A-Za-z0-9]*.json"))
-        except OSError:
-            return {}
-        for file in files:
+    def damaged(self) -> tuple[str, ...]:
+        """Sentences about files in the queue that can't be read; it goes on without them."""
+        problems = list(self._read_entries()[1])
+        if (self.folder / "state.json").exists():
+            try:
+                read_json_object(self.folder / "state.json")
+            except ValueError as error:
+                problems.append(f"{error}; what waits is in the order in which it was added")
+        return tuple(redact(problem) for problem in problems)
+
+    def _read_entries(self) -> tuple[dict[str, Entry], list[str]]:
+        """The entries by id, and what is wrong with other files."""
+        found: dict[str, Entry] = {}
+        problems = []
+        for file in sorted((self.folder / "entries").glob("*.json")):
             try:
                 entry = Entry.from_json(read_json_object(file), source=str(file))
-            except ValueError:
+            except ValueError as error:
+                if file.exists():  # or it was started or removed just now
+                    problems.append(str(error))
                 continue
             if entry.entry_id == file.stem:
                 found[entry.entry_id] = entry
-        return found
-
-    def damaged(self) -> tuple[str, ...]:
-        """Sentences about files in the queue that can't be read."""
-        found = []
-        for file in sorted((self.folder / "entries").glob("*.json")):
-            try:
-                Entry.from_json(read_json_object(file), source=str(file))
-            except ValueError as error:
-                found.append(redact(str(error)))
-        return tuple(found)
+            else:
+                problems.append(f"{file} is a copy of the entry {entry.entry_id}; remove it")
+        return found, problems
 
     def _state(self) -> dict[str, Any]:
         try:
@@ -361,36 +394,6 @@ class Queue:
         return None if Run(self.runs_dir / run_id).status.has_ended else run_id
 
 
-def running_here(runs_dir: Path) -> list[Run]:
-    """Runs of the folder that go on on this machine, whoever started them."""
-    found = []
-    for run in list_runs(runs_dir):
-        try:
-            # What a status file says has ended needs no look at processes.
-            told = read_status(run.layout)
-        except ValueError:
-            continue
-        if told.has_ended or (told.host is not None and told.host != this_host()):
-            continue
-        status = run.status
-        if status.state == "running" or (status.state == "pending" and status.launched_by == "supervisor"):
-            found.append(run)
-    return found
-
-
-def check_again(entry: Entry) -> Plan:
-    """The entry's plan at the moment of its start.
-
-    Raises:
-        PlanError: it can't be started any more.
-    """
-    plan = make_plan(entry.config)
-    plan.raise_if_blocked()
-    if not entry.even_if_too_large:
-        refuse_if_too_large(plan)
-    return plan
-
-
 def _try_lock(descriptor: int, *, shared: bool = False) -> bool:
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -399,7 +402,8 @@ def _try_lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
-def _reap_later(process: subprocess.Popen[bytes]) -> None:
-    import threading
-
-    threading.Thread(target=process.wait, name=f"qz3-reaper-{process.pid}", daemon=True).start()
+def _lock_soon(descriptor: int) -> bool:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while not (locked := _try_lock(descriptor)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return locked

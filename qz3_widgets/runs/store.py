@@ -159,8 +159,11 @@ class Run:
         """Remove the run directory with everything in it.
 
         Raises:
-            ValueError: the run is still going on, or the directory holds no run.
+            ValueError: the run is still going on, the directory holds no run, or it is a link to another place.
         """
+        if self.layout.root.is_symlink():
+            target = self.layout.root.readlink()
+            raise ValueError(f"{self.run_id} is a link to {target}: remove it by hand, what it leads to is left alone")
         if not is_run_directory(self.layout.root):
             raise ValueError(f"{self.layout.root} holds no run")
         status = self.status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..config.io import load_config
 from ..config.presets import PRESETS
 from ..config.saved import list_saved, save_named
 from ..config.schema import RunConfig
+from ..demo import demo_is_prepared, prepare_demo
 from ..markup import escape
 from ..plan.issue import Issue
 from ..plan.plan import make_plan
@@ -24,6 +26,7 @@ from .panel import Later, Panel, box, button, handler, region, set_html, show
 _OPEN = ("quantization", "lora", "training")
 _ON_TOP = ("name", "model.name_or_path")
 _OWN = "(loaded)"
+_DEMO = "The demo's model and dialogues are not unpacked yet."
 
 Issues = Callable[[RunConfig], Iterable[Issue]]
 
@@ -80,6 +83,9 @@ class ConfigPanel(Panel):
         for control in (self.search, self.filter):
             control.observe(lambda _: self._busy or self.find(), names="value")
         self.nothing = region("nothing")
+        self.demo_button = button("Unpack the demo", self.unpack_demo, kind="primary")
+        self.demo_said = widgets.HTML(_DEMO)
+        self.demo_box = box([self.demo_said, self.demo_button], "config-demo")
         self.sections = {section.name: self._section(section) for section in form_sections()}
         self.undo_button = button("Undo", self.undo, tooltip="Take the last change back, once")
         self.undo_button.disabled = True
@@ -88,7 +94,9 @@ class ConfigPanel(Panel):
         tools = box([self.undo_button, self.load_button, self.paste_button, self.save_button], "config-tools")
         finder = box([self.search, self.filter], "config-finder")
         super().__init__(
-            [head, tools, self.yaml_box, finder, self.nothing, *self.sections.values()], name="config", nested=nested
+            [head, self.demo_box, tools, self.yaml_box, finder, self.nothing, *self.sections.values()],
+            name="config",
+            nested=nested,
         )
         for name in _OPEN:
             self.sections[name].selected_index = 0
@@ -229,6 +237,23 @@ class ConfigPanel(Panel):
         self._unfolded ^= {name}
         self._show()
 
+    @handler("unpack the demo")
+    def unpack_demo(self) -> None:
+        """Unpack the demo's model and dialogues, in the background; some ten seconds, once."""
+        self.demo_button.disabled = True
+
+        def work() -> None:
+            def say(line: str) -> None:
+                self.demo_said.value = f'<span role="status">{escape(line)} …</span>'
+
+            say("unpacking")
+            unpacked = self.guard("unpack the demo", lambda: prepare_demo(say=say))
+            self.demo_button.disabled = False
+            self.demo_said.value = _DEMO if not unpacked else ""
+            self.guard("show the configuration", self._changed)
+
+        threading.Thread(target=work, name="qz3-demo", daemon=True).start()
+
     def _changed(self) -> None:
         self.issues = () if self.draft.problems else tuple(self._find_issues(self.draft.config))
         self._show()
@@ -272,6 +297,7 @@ class ConfigPanel(Panel):
             set_html(self.nothing, "")
 
     def _show_head(self, num_changed: int, num_problems: int) -> None:
+        show(self.demo_box, shown=self.draft.preset == "demo" and not demo_is_prepared())
         self._busy = True
         try:
             self.undo_button.disabled = not self.draft.can_undo

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from ipywidgets.widgets.widget import _instances
+
+from qz3_widgets.runs.store import Run, list_runs
+from qz3_widgets.widgets import runs_panel
+from qz3_widgets.widgets.runs_panel import ROWS_A_PAGE, RunsPanel
+from tests.fake_runs import make_run
+from tests.unit.widgets.conftest import text_of
+
+BAD = "<img src=x onerror=alert(1)>"
+Make = Callable[..., RunsPanel]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, runs_dir: Path) -> Iterator[Make]:
+    monkeypatch.setattr(runs_panel, "_LOOK_SECONDS", 3600.0)
+    panels: list[RunsPanel] = []
+
+    def made(**arguments: object) -> RunsPanel:
+        panels.append(RunsPanel(runs_dir, **arguments))
+        while panels[-1].table.fill(60):
+            pass
+        panels[-1].look()
+        return panels[-1]
+
+    yield made
+    for panel in panels:
+        panel.close()
+        panel._thread.join(10)
+        assert not panel._thread.is_alive()
+
+
+def shown(panel: RunsPanel) -> list[str]:
+    return [line.name.description for line in panel.lines[: len(panel.body.children)]]
+
+
+def test_the_table_tells_state_model_peak_loss_speed_and_time(make: Make, runs_dir: Path) -> None:
+    make_run(runs_dir, run_id="a-1", num_steps=8)
+    panel = make()
+    assert shown(panel) == ["a-1"]
+    row = text_of(panel.lines[0].cells.value)
+    assert row.startswith("✓ succeeded SmolLM2-135M-Instruct ZeRO-3, sharded 319 MiB")
+    assert " s" in row
+    assert panel.empty.value == ""
+    assert panel.failures == ()
+
+
+def test_figures_that_are_not_known_yet_follow(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(runs_dir, run_id="a-1")
+    monkeypatch.setattr(runs_panel, "_LOOK_SECONDS", 3600.0)
+    panel = RunsPanel(runs_dir)
+    assert "reading" in panel.lines[0].cells.value
+    panel.fill()
+    panel.look()
+    assert "reading" not in panel.lines[0].cells.value
+    panel.close()
+
+
+def test_without_runs_it_says_what_to_do(make: Make) -> None:
+    panel = make()
+    assert "No runs in" in panel.empty.value
+    assert "qz3 demo" in panel.empty.value
+    assert panel.grid.layout.display == "none"
+
+
+def test_rows_are_filtered_and_sorted(make: Make, runs_dir: Path) -> None:
+    make_run(runs_dir, run_id="a-1", state="failed")
+    make_run(runs_dir, run_id="b-1", num_steps=4)
+    make_run(runs_dir, run_id="c-1", num_steps=20)
+    panel = make()
+    panel.heads["run_id"].click()
+    assert shown(panel) == ["a-1", "b-1", "c-1"]
+    assert panel.heads["run_id"].description == "run ▴"
+    panel.heads["run_id"].click()
+    assert shown(panel) == ["c-1", "b-1", "a-1"]
+    panel.heads["run_id"].click()
+    assert "▾" not in panel.heads["run_id"].description
+    panel.heads["total_seconds"].click()
+    assert shown(panel)[0] == "c-1"
+    assert "largest first" in panel.heads["total_seconds"].tooltip
+    panel.state.value = "failed"
+    assert shown(panel) == ["a-1"]
+    panel.state.value = "any state"
+    panel.text.value = "b-1"
+    panel._filtering.flush()
+    assert shown(panel) == ["b-1"]
+    panel.text.value = "nothing like it"
+    panel._filtering.flush()
+    assert "No run matches" in panel.empty.value
+
+
+def test_chosen_runs_come_first_and_are_told(make: Make, runs_dir: Path) -> None:
+    for name in ("a-1", "b-1", "c-1"):
+        make_run(runs_dir, run_id=name)
+    told: list[list[str]] = []
+    panel = make(on_compare=lambda runs: told.append([run.run_id for run in runs]))
+    panel.heads["run_id"].click()
+    panel.lines[2].tick.value = True
+    assert shown(panel) == ["c-1", "a-1", "b-1"]
+    assert panel.lines[0].tick.value is True
+    assert panel.lines[2].tick.value is False
+    panel.lines[1].tick.value = True
+    assert told == [["c-1"], ["c-1", "a-1"]]
+    assert "2 of 3 chosen" in panel.count.value
+    assert "qz3-runs-chosen-2" in panel.lines[1].box._dom_classes
+    panel.lines[0].tick.value = False
+    assert told[-1] == ["a-1"]
+    panel.text.value = "b-1"
+    panel._filtering.flush()
+    assert shown(panel) == ["a-1", "b-1"]  # what is chosen stays in sight
+
+
+def test_a_run_is_opened_by_its_name_or_when_chosen(make: Make, runs_dir: Path) -> None:
+    make_run(runs_dir, run_id="a-1")
+    opened: list[Run] = []
+    panel = make(on_open=opened.append)
+    panel.lines[0].name.click()
+    panel.lines[0].tick.value = True
+    panel.open_button.click()
+    assert opened == [Run(runs_dir / "a-1")] * 2
+
+
+def test_tags_and_notes_are_edited_in_place(make: Make, runs_dir: Path) -> None:
+    for name in ("a-1", "b-1"):
+        make_run(runs_dir, run_id=name)
+    panel = make()
+    panel.edit("tags")
+    assert "choose a run first" in panel.error.value
+    panel.choose(list_runs(runs_dir))
+    panel.tag_button.click()
+    panel.edit_text.value = " baseline, fits 32 GiB ,"
+    panel.save_button.click()
+    assert all(run.tags == ("baseline", "fits 32 GiB") for run in list_runs(runs_dir))
+    assert "baseline, fits 32 GiB" in panel.lines[0].cells.value
+    assert panel.edit_box.layout.display == "none"
+    panel.notes_button.click()
+    assert panel.edit_text.value == ""
+    panel.cancel_button.click()
+    assert list_runs(runs_dir)[0].notes == ""
+
+
+def test_deleting_asks_and_leaves_what_goes_on(make: Make, runs_dir: Path) -> None:
+    for name, state in (("a-1", "succeeded"), ("b-1", "running")):
+        make_run(runs_dir, run_id=name, state=state)
+    panel = make()
+    panel.choose(list_runs(runs_dir))
+    panel.delete_button.first.click()
+    assert "Delete 2 runs" in panel.delete_button.question.value
+    panel.delete_button.no.click()
+    assert (runs_dir / "a-1").is_dir()
+    panel.delete_button.first.click()
+    panel.delete_button.yes.click()
+    assert not (runs_dir / "a-1").exists()
+    assert (runs_dir / "b-1").is_dir()
+    assert "b-1 is running: stop it before you delete it" in panel.error.value
+    assert [run.run_id for run in panel.chosen] == ["b-1"]
+
+
+def test_a_delete_never_follows_a_link_out(make: Make, runs_dir: Path, tmp_path: Path) -> None:
+    outside = make_run(tmp_path, run_id="outside-1")
+    (runs_dir / "linked-1").symlink_to(outside, target_is_directory=True)
+    inside = make_run(runs_dir, run_id="a-1")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("keep")
+    (inside / "checkpoints").symlink_to(precious, target_is_directory=True)
+    panel = make()
+    panel.choose(list_runs(runs_dir))
+    panel.delete_chosen()
+    assert "linked-1 is a link to" in panel.error.value
+    assert (outside / "status.json").is_file()
+    assert not inside.exists()
+    assert (precious / "file").read_text() == "keep"
+
+
+def test_a_run_that_vanished_is_chosen_no_more(make: Make, runs_dir: Path) -> None:
+    for name in ("a-1", "b-1"):
+        make_run(runs_dir, run_id=name)
+    told: list[Sequence[Run]] = []
+    panel = make(on_compare=told.append)
+    panel.choose(list_runs(runs_dir))
+    shutil.rmtree(runs_dir / "a-1")
+    panel.look()
+    assert [run.run_id for run in panel.chosen] == ["b-1"]
+    assert len(told[-1]) == 1
+    assert panel.failures == ()
+
+
+def test_many_runs_are_shown_in_pages(make: Make, runs_dir: Path) -> None:
+    first = make_run(runs_dir, run_id="r-000", num_steps=1)
+    for number in range(1, 60):
+        shutil.copytree(first, runs_dir / f"r-{number:03d}")
+    panel = make()
+    panel.heads["run_id"].click()
+    assert len(panel.body.children) == ROWS_A_PAGE
+    assert panel.place.value == "1 to 25 of 60"
+    panel.forward.click()
+    panel.forward.click()
+    assert shown(panel)[0] == "r-050"
+    assert panel.forward.disabled
+    before = len(_instances)
+    for _ in range(10):
+        panel.back.click()
+        panel.forward.click()
+        panel.heads["run_id"].click()
+    assert len(_instances) == before
+
+
+def test_text_of_runs_is_escaped(make: Make, runs_dir: Path) -> None:
+    run = Run(make_run(runs_dir, run_id="a-1", config={"model": {"name_or_path": f"x{BAD}"}}))
+    run.annotate(tags=[BAD], notes=f'"{BAD}')
+    broken = make_run(runs_dir, run_id="b-1")
+    (broken / "run.yaml").write_text(f"model: {BAD}: {BAD}")
+    panel = make()
+    html = "".join(line.cells.value for line in panel.lines)
+    assert "<img" not in html
+    assert "&lt;img" in html
+    assert 'title="&quot;' in html
+
+
+def test_two_tables_do_not_disturb_each_other(make: Make, runs_dir: Path) -> None:
+    make_run(runs_dir, run_id="a-1")
+    one, other = make(), make()
+    one.lines[0].tick.value = True
+    one.delete_chosen()
+    other.lines[0].tick.value = True
+    other.look()
+    assert other.body.children == ()
+    assert other.failures == ()
+
+
+def test_a_folder_that_is_none_is_told(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_panel, "_LOOK_SECONDS", 3600.0)
+    file = runs_dir / "a file"
+    file.write_text("")
+    panel = RunsPanel(file)
+    assert "can&#x27;t be read as a folder of runs" in panel.error.value
+    panel.close()
+
+
+def test_each_handler_shows_its_fault(make: Make, runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(runs_dir, run_id="a-1")
+    panel = make(on_open=lambda run: 1 / 0)
+    panel.lines[0].tick.value = True
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("provoked")
+
+    assert not panel.open_run("a-1")
+    assert not panel.open_chosen()
+    monkeypatch.setattr(panel, "_show", fail)
+    monkeypatch.setattr(panel.table, "fill", fail)
+    monkeypatch.setattr(Run, "annotate", fail)
+    attempts = {
+        "look at the runs": panel.look,
+        "work out the figures": panel.fill,
+        "show the runs": panel.show_rows,
+        "sort the runs": lambda: panel.sort("run_id"),
+        "turn the page": lambda: panel.turn(1),
+        "choose the runs": lambda: panel.choose([]),
+    }
+    panel.save_edit()
+    for doing, attempt in attempts.items():
+        assert attempt() is False, doing
+    assert set(attempts) | {"open the run", "save tags and notes"} <= set(panel.failures)
