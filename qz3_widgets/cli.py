@@ -155,6 +155,9 @@ def run(
 def add_to_queue(
     config: ConfigFile,
     overrides: Overrides = None,
+    made_from: Annotated[
+        str | None, typer.Option("--preset", help="The preset that it was made from: run.yaml tells the differences.")
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
     even_if_too_large: Annotated[
         bool, typer.Option("--even-if-too-large", help="Start it even if the plan says that it does not fit.")
@@ -162,8 +165,14 @@ def add_to_queue(
 ) -> None:
     """Put a run at the end of the queue; it starts when no other run of the folder goes on."""
     from .launch.queue import Queue
+    from .plan.plan import make_plan
 
-    entry = Queue(runs_dir).add(_load(config, overrides), even_if_too_large=even_if_too_large)
+    wanted = _load(config, overrides)
+    plan = make_plan(wanted)
+    _show_issues(plan.issues)
+    plan.raise_if_blocked()
+    _see_the_shape(wanted)
+    entry = Queue(runs_dir).add(wanted, preset=made_from, even_if_too_large=even_if_too_large)
     out.print(f"queued {escape(entry.entry_id)}", soft_wrap=True)
 
 

@@ -50,7 +50,7 @@ def list_entries(
         return
     if state.running:
         _say(f"running: {state.running}")
-    for place, entry in enumerate(entry for entry in entries if entry.error is None):
+    for place, entry in enumerate((entry for entry in entries if entry.error is None), 1):
         _say(f"{place}  {entry.entry_id}  {entry.config.model.name_or_path}")
     for entry in entries:
         if entry.error is not None:
@@ -59,6 +59,8 @@ def list_entries(
         _say(problem)
     if state.paused:
         _say("paused; 'qz3 queue go-on' starts the next one")
+    elif state.num_waiting and not state.runner_alive:
+        _say("nobody works it off: its process has ended; 'qz3 queue go-on' starts another")
     elif not entries and not state.running:
         _say("the queue is empty; 'qz3 queue add CONFIG' puts a run into it")
 
@@ -66,12 +68,12 @@ def list_entries(
 @queue_app.command()
 def move(
     name: Name,
-    place: Annotated[int, typer.Argument(help="Its new place, counted from 0.", min=0)],
+    place: Annotated[int, typer.Argument(help="Its new place, as 'qz3 queue list' counts: 1 is the next one.", min=1)],
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Put an entry at another place."""
+    """Put an entry at another place; one that could not be started is tried again."""
     queue = _queue(runs_dir)
-    queue.move(queue.find(name).entry_id, place)
+    queue.move(queue.find(name).entry_id, place - 1)
     list_entries(runs_dir)
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ..runs.store import Run
 from .directory import child_environment, refuse_secrets
 
 _VERSION = 1
+_MAY_BE_NONE = {"preset", "starting", "error"}
 _LOCK_SECONDS = 0.5  # whoever asks whether there is a runner holds its lock for some microseconds
 
 
@@ -69,18 +71,16 @@ class Entry:
         """
         if content.get("version") != _VERSION:
             raise ValueError(f"{source} is no entry of this version")
-        config = from_plain(content.get("config"), source=source)
-        values = {}
-        for field in dataclasses.fields(cls):
-            if field.name == "config":
-                continue
-            value = content.get(field.name)
-            allowed = (bool,) if field.name == "even_if_too_large" else (str,)
-            if field.name in {"preset", "starting", "error"}:
-                allowed = (*allowed, type(None))
-            if not isinstance(value, allowed):
-                raise ValueError(f"{source} can't be read: {field.name} is {value!r}")
-            values[field.name] = value
+        values = {field.name: content.get(field.name) for field in dataclasses.fields(cls)}
+        config = from_plain(values.pop("config"), source=source)
+        for name, value in values.items():
+            wanted = bool if name == "even_if_too_large" else str
+            if not isinstance(value, wanted) and not (value is None and name in _MAY_BE_NONE):
+                raise ValueError(f"{source} can't be read: {name} is {value!r}")
+        try:
+            datetime.fromisoformat(values["starting"] or values["added"])
+        except ValueError as error:
+            raise ValueError(f"{source} can't be read: {error}") from error
         return cls(config=config, **values)
 
 

@@ -68,6 +68,19 @@ def running_here(runs_dir: Path, *, by_hand: bool = False) -> list[Run]:
     return found
 
 
+def check_again(entry: Entry) -> Plan:
+    """The entry's plan at the moment of its start; the current folder is the one where it was added.
+
+    Raises:
+        PlanError: it can't be started any more.
+    """
+    plan = make_plan(entry.config)
+    plan.raise_if_blocked()
+    if not entry.even_if_too_large:
+        refuse_if_too_large(plan)
+    return plan
+
+
 class QueueRunner:
     """Works off one queue."""
 
@@ -123,7 +136,7 @@ class QueueRunner:
             return True
         try:
             with _inside(entry.working_dir):
-                plan = self._check(entry)
+                plan = check_again(entry)
                 if not self._mark(entry):
                     return True
                 run = self._begin(plan, folder, entry.preset)
@@ -132,18 +145,6 @@ class QueueRunner:
         else:
             self._started(entry, run)
         return True
-
-    def _check(self, entry: Entry) -> Plan:
-        """The entry's plan at the moment of its start.
-
-        Raises:
-            PlanError: it can't be started any more.
-        """
-        plan = make_plan(entry.config)
-        plan.raise_if_blocked()
-        if not entry.even_if_too_large:
-            refuse_if_too_large(plan)
-        return plan
 
     def _mark(self, entry: Entry) -> bool:
         """Note that an entry is being started; returns whether it is still its turn."""
@@ -174,7 +175,7 @@ class QueueRunner:
             while run.state == "pending" and _processes_of(run):
                 time.sleep(self._poll_seconds)
             if run.state == "pending":  # its files are there, and nobody came to start it
-                shutil.rmtree(run.layout.root)
+                shutil.rmtree(run.layout.root, ignore_errors=True)
                 run = None
         if run is not None:
             self._started(entry, run)
@@ -209,16 +210,17 @@ def _inside(folder: str) -> Iterator[None]:
     Raises:
         ValueError: it can't be entered.
     """
+    before = Path.cwd()
     try:
-        context = contextlib.chdir(folder)
-        context.__enter__()
+        os.chdir(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{folder}, where it was added and its relative paths start, can't be entered: {reason}")
+        message = f"{folder}, where it was added and where its relative paths start, can't be entered: {reason}"
+        raise ValueError(message) from error
     try:
         yield
     finally:
-        context.__exit__()
+        os.chdir(before)
 
 
 def _processes_of(run: Run) -> list[psutil.Process]:
@@ -228,8 +230,10 @@ def _processes_of(run: Run) -> list[psutil.Process]:
 
 
 def main(arguments: list[str]) -> None:
-    """Work off the queue of the folder ``arguments[0]``; ``arguments[1]`` is the descriptor of its lock, if it is held."""
-    QueueRunner(Queue(arguments[0])).run(int(arguments[1]) if len(arguments) > 1 else None)
+    """Work off the queue of the folder ``arguments[0]``; ``arguments[1]`` is the descriptor of its lock, if held."""
+    queue = Queue(arguments[0])
+    os.chdir("/")  # it outlives the folder in which it was started
+    QueueRunner(queue).run(int(arguments[1]) if len(arguments) > 1 else None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 
 from qz3_widgets.config.form import form_fields, form_sections, summary
