@@ -71,7 +71,7 @@ class Entry:
         """
         if content.get("version") != _VERSION:
             raise ValueError(f"{source} is no entry of this version")
-        values = {field.name: content.get(field.name) for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(cls)}
         config = from_plain(values.pop("config"), source=source)
         for name, value in values.items():
             wanted = bool if name == "even_if_too_large" else str

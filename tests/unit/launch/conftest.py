@@ -14,6 +14,7 @@ import pytest
 from qz3_widgets.config.changes import with_changes
 from qz3_widgets.config.schema import RunConfig
 from qz3_widgets.launch import directory
+from qz3_widgets.launch.queue import Queue
 from qz3_widgets.plan.capabilities import Capabilities
 from qz3_widgets.plan.plan import Plan
 
@@ -87,3 +88,22 @@ def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def queue_config(tmp_path: Path) -> RunConfig:
+    """A run of one rank on the CPU."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one two three"}\n' * 20)
+    changes = {"model.name_or_path": "random:tiny-llama", "data.source": str(data), "launch.device": "cpu"}
+    return with_changes(RunConfig(), {**changes, "name": "mine", "launch.num_processes": 1})
+
+
+@pytest.fixture
+def queue(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """A queue for which no process is started, and in which any plan may be."""
+    monkeypatch.setattr(Queue, "ensure_runner", lambda self: None)
+    monkeypatch.setattr(Plan, "raise_if_blocked", lambda self: None)
+    for module in ("queue", "queue_runner"):
+        monkeypatch.setattr(f"qz3_widgets.launch.{module}.refuse_if_too_large", lambda plan: None)
+    return Queue(runs_dir)
