@@ -37,10 +37,10 @@ _ROW, _TOP, _BOTTOM, _LEFT, _RIGHT = 46.0, 26.0, 66.0, 52.0, 108.0
 
 
 @overload
-def plot_plan(plan: Plan | Prospect, *, ax: None = None) -> FigureView: ...
+def plot_plan(plan: Plan | Prospect, *, ax: None = None, width_px: float = WIDTH_PX) -> FigureView: ...
 @overload
-def plot_plan(plan: Plan | Prospect, *, ax: Axes) -> Axes: ...
-def plot_plan(plan: Plan | Prospect, *, ax: Axes | None = None) -> FigureView | Axes:
+def plot_plan(plan: Plan | Prospect, *, ax: Axes, width_px: float = WIDTH_PX) -> Axes: ...
+def plot_plan(plan: Plan | Prospect, *, ax: Axes | None = None, width_px: float = WIDTH_PX) -> FigureView | Axes:
     """What each rank will hold at the peak of each phase, by component, against the capacity of its device.
 
     The tick below a bar is what will be settled at the end of the phase; the dashed line is the capacity.
@@ -48,6 +48,7 @@ def plot_plan(plan: Plan | Prospect, *, ax: Axes | None = None) -> FigureView | 
     Args:
         plan: a plan, or its prospect.
         ax: draw into these axes, and return them.
+        width_px: of the figure, where it is not drawn into axes.
 
     Raises:
         ValueError: the shape of the plan's model is not known.
@@ -59,8 +60,8 @@ def plot_plan(plan: Plan | Prospect, *, ax: Axes | None = None) -> FigureView | 
             _draw(ax, phases, capacity)
             return ax
         height = _TOP + _ROW * len(PHASES) + _BOTTOM
-        figure = new_figure(height)
-        main = add_axes(figure, _LEFT, _TOP, WIDTH_PX - _RIGHT, height - _BOTTOM)
+        figure = new_figure(height, width_px)
+        main = add_axes(figure, _LEFT, _TOP, width_px - _RIGHT, height - _BOTTOM)
         _draw(main, phases, capacity)
         return FigureView(figure, (main,), data=_numbers(phases), alt=f"{found.title}. {found.verdict}")
 

@@ -86,6 +86,7 @@ class LaunchPanel(Panel):
         super().__init__(
             [self.bar, self.outcome, self.anyway_fold, self.preflight, column], name="launch", nested=nested
         )
+        self.queue_box.refresh()
         self.show_config(config, preset=preset)
 
     @property

@@ -5,27 +5,36 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
 
+from ..analysis.badges import badges, probe_state
+from ..analysis.loss import speed
+from ..analysis.names import config_of
+from ..analysis.truth import expected_sizes
 from ..plotting.loss import plot_loss
 from ..plotting.memory import plot_memory
+from ..plotting.time import plot_time
+from ..plotting.view import FigureView
 from ..runs.files import size_of
 from ..runs.store import Run, open_run
 from . import live_html as html
 from .follow import FollowedRun, Now
+from .log_box import ALL, LogBox
+from .panel import close_all, log_fault
 
 POLL_SECONDS = 0.5
 # Drawing takes a tenth of a second of the kernel's time, which the user's own cells and the ranks want too.
 _DRAW_SHARE = 50
 _MIN_DRAW_SECONDS = 1.0
 _LARGE_BYTES = 32 * 2**20  # of traces: the first look then takes more than a moment, and a cell does not wait for it
-_LOG_LINES = 60
-_REGIONS = ("head", "cause", "progress", "memory", "loss", "ranks", "error")
+_REGIONS = ("head", "cause", "progress", "badges", "memory", "loss", "ranks", "time", "error")
+_MOST_BUTTONS = 16  # of ranks; more are in a drop-down
 
 
 @dataclass
@@ -47,8 +56,15 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
     Its state is in Python: a page that is loaded again shows it again.
     """
 
-    def __init__(self, run: Run | str | Path = "latest", *, runs_dir: str | Path = "runs") -> None:
+    def __init__(
+        self, run: Run | str | Path = "latest", *, runs_dir: str | Path = "runs", nested: bool = False
+    ) -> None:
         """Show ``run``: a run, its id, the beginning of one, ``latest``, or a path.
+
+        Args:
+            run: Which run.
+            runs_dir: Where runs are looked for by name.
+            nested: It stands in a panel, which brings the style along.
 
         Raises:
             RunNotFound: there is no such run.
@@ -58,14 +74,20 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
             region = widgets.HTML(layout=widgets.Layout(display="none"))
             region.add_class(f"qz3-live-{name}")
             setattr(self, name, region)
-        self.log_text = widgets.HTML()
-        self.log_box = widgets.Accordion([self.log_text], titles=("Log",), selected_index=None)
+        self._num_ranks = _num_ranks(self.run)
+        self.log_lines = LogBox(self.run, self._num_ranks, self._guard)
+        self.log_text = self.log_lines.lines
+        self.log_box = widgets.Accordion([self.log_lines.box], titles=("Log",), selected_index=None)
         self.log_box.add_class("qz3-live-log")
         self.log_box.observe(lambda _: self._guard("log", self._show_log), names="selected_index")
         row = widgets.Box([self.loss, self.ranks])
         row.add_class("qz3-live-row")
-        style = widgets.HTML(html.style())
-        super().__init__([style, self.head, self.cause, self.progress, self.memory, row, self.log_box, self.error])
+        self.rank_choice = self._make_rank_choice()
+        memory = widgets.Box([self.memory, self.rank_choice])
+        memory.add_class("qz3-live-memory-box")
+        self.figure_row = row
+        parts = [self.head, self.cause, self.progress, self.badges, memory, row, self.time, self.log_box, self.error]
+        super().__init__([*([] if nested else [widgets.HTML(html.style())]), *parts])
         for name in ("qz3", "qz3-live"):
             self.add_class(name)
         self._problems: dict[str, str] = {}
@@ -76,7 +98,10 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         self._figures = (
             _Figure("memory", self._draw_memory, self._seen_memory),
             _Figure("loss", self._draw_loss, self._seen_loss),
+            _Figure("time", self._draw_time, self._seen_time),
         )
+        self._expected: Mapping[str, Mapping[str, int]] | None = None
+        self._proof_seen: Hashable = None
         self._next_draw = 0.0
         self._stopped = threading.Event()
         self._done = False
@@ -121,10 +146,27 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         self._thread.join(timeout_seconds)
         return self.run
 
+    def figures(self) -> dict[str, FigureView]:
+        """The figures as they are now, to be saved."""
+        with self._one_at_a_time:
+            if self._followed is None:
+                self._read()
+            followed = self._run_and_now()[0]
+            found: dict[str, FigureView] = {}
+            if len(followed.memory().frame):
+                found["memory"] = plot_memory(followed, ranks=self._chosen_ranks())
+            if len(followed.metrics()):
+                found["loss"] = plot_loss(followed)
+                found["time"] = plot_time(followed)
+            return found
+
     def close(self) -> None:
-        """Stop following, and take the widget away. The run itself goes on."""
+        """Stop following, and take the widget away with all that is in it. The run itself goes on."""
         self._stopped.set()
-        super().close()
+        with self._one_at_a_time:
+            for child in self.children:
+                close_all(child)
+            super().close()
 
     def _follow(self) -> None:
         while not self._done and not self._stopped.wait(0.0 if self._now is None else POLL_SECONDS):
@@ -140,8 +182,14 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         changed = followed.poll()
         now = followed.read() if changed or before is None else followed.tick(before)
         _set(self.head, html.head(followed, now, self._description))
-        _set(self.progress, html.progress(now))
+        if self._expected is None:
+            self._expected = expected_sizes(self.run)
+        _set(self.progress, html.progress(now, followed.metrics(), self._expected))
         _set(self.ranks, html.ranks(now))
+        seen = (probe_state(self.run), now.status.state)
+        if seen != self._proof_seen:
+            _set(self.badges, html.badge_row(badges(self.run)))
+            self._proof_seen = seen
         if before is None or before.status != now.status:
             _set(self.cause, html.cause(followed, now))
         if changed:
@@ -165,12 +213,45 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         followed, now = self._run_and_now()
         return len(followed.metrics()), now.status.state
 
+    def _seen_time(self) -> Hashable:
+        # Medians over the run move slowly.
+        followed, now = self._run_and_now()
+        return len(followed.metrics()) // 10, now.status.state
+
     def _draw_memory(self) -> None:
         followed, now = self._run_and_now()
         if len(followed.memory().frame):
-            _set(self.memory, html.figure("Memory per rank", plot_memory(followed).svg(), html.measured(now)))
+            _set(self.memory, html.figure("Memory per rank", self._memory_svg(followed), html.measured(now)))
         else:
             _set(self.memory, html.wait("Memory per rank", html.no_memory(now)))
+
+    def _memory_svg(self, followed: FollowedRun) -> str:
+        return plot_memory(followed, ranks=self._chosen_ranks()).svg()
+
+    def _chosen_ranks(self) -> list[int] | None:
+        rank = self.rank_choice.value
+        # A rank that has not written yet can't be drawn alone.
+        there = self._run_and_now()[0].memory().ranks
+        return [int(rank)] if rank in there else None
+
+    def _make_rank_choice(self) -> Any:
+        choices: list[tuple[str, Any]] = [("All ranks", ALL), *((str(i), i) for i in range(self._num_ranks))]
+        kind = widgets.ToggleButtons if self._num_ranks <= _MOST_BUTTONS else widgets.Dropdown
+        made = kind(options=choices, value=ALL, description="Memory of")
+        made.add_class("qz3-filter")
+        made.add_class("qz3-live-choice")
+        made.observe(lambda _: self._draw_now("memory"), names="value")
+        return made
+
+    def _draw_now(self, name: str) -> None:
+        with self._one_at_a_time:
+            if self._now is not None:
+                self._draw(next(figure for figure in self._figures if figure.name == name))
+
+    def _draw_time(self) -> None:
+        followed, _ = self._run_and_now()
+        parts = speed(followed.metrics()).parts
+        _set(self.time, html.figure("Where the time of a step goes", plot_time(followed).svg()) if parts else "")
 
     def _draw_loss(self) -> None:
         followed, now = self._run_and_now()
@@ -186,14 +267,17 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
 
     def _show_log(self) -> None:
         if self.log_box.selected_index is not None:
-            _set(self.log_text, html.log(self.run.tail_log(num_lines=_LOG_LINES)))
+            self.log_lines.refresh_if_following()
 
     def _guard(self, region: str, show: Callable[[], None]) -> None:
         """Run ``show``; an exception goes to the error region, and leaves it once ``show`` works again."""
         try:
             show()
         except Exception:  # noqa: BLE001 - whatever it is, the view goes on and says it
-            self._problems[region] = traceback.format_exc()
+            told = traceback.format_exc()
+            if self._problems.get(region) != told:  # not twice a second
+                log_fault(f"live view of {self.run.run_id}: could not show the {region}", told)
+            self._problems[region] = told
         else:
             self._problems.pop(region, None)
         _set(self.error, html.problems(self._problems))
@@ -216,6 +300,12 @@ def watch(run: Run | str | Path = "latest", *, runs_dir: str | Path = "runs") ->
     if view is None or not view.following:
         view = _LIVE[place] = LiveRun(chosen)
     return view
+
+
+def _num_ranks(run: Run) -> int:
+    config = config_of(run)
+    told = run.status.num_ranks
+    return told or (1 if config is None else config.launch.num_processes)
 
 
 def _set(region: widgets.HTML, value: str) -> None:

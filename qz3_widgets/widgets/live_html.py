@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
+
+from ..analysis.badges import Badge
+from ..analysis.loss import summarize_loss
 from ..analysis.names import config_of
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..markup import Cell, chip, escape, note, style_block, table
+from ..markup import MINUS, THIN_SPACE, Cell, chip, escape, note, style_block, table
 from ..plotting.html import card, describe
 from ..runs.secrets import redact
 from ..runs.store import Run
@@ -66,8 +71,11 @@ def cause(run: Run, now: Now) -> str:
     return f"{text}<details><summary>The end of {escape(name)}</summary><pre>{escape(redact(log))}</pre></details>"
 
 
-def progress(now: Now) -> str:
-    """How far it is: steps, time, phases, and the figures that are read first."""
+def progress(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str, int]]) -> str:
+    """How far it is: steps, time, phases, and the figures that are read first.
+
+    ``expected`` are bytes by phase and figure, as :func:`~qz3_widgets.analysis.truth.expected_sizes` gives them.
+    """
     at, state = now.progress, now.status.state
     whole = f"Step {at.step} of {at.max_steps}" if at.max_steps else "No step yet"
     so_far = "" if now.status.has_ended else " so far"
@@ -83,10 +91,21 @@ def progress(now: Now) -> str:
     )
     boxes = "".join(
         f"<div><b>{escape(number)} <small>{escape(unit)}</small></b><span>{escape(label)}</span></div>"
-        for number, unit, label in _figures(now)
+        for number, unit, label in _figures(now, metrics, expected)
     )
     figures = f'<div class="qz3-figures">{boxes}</div>' if boxes else ""
     return f'<div class="qz3-card">{line}{_phase_list(now)}{figures}</div>'
+
+
+def badge_row(found: Sequence[Badge]) -> str:
+    """What is proven of the run, and what was counted."""
+    glyphs = {"ok": "✓", "error": "✕", "info": "○"}
+    boxes = "".join(
+        f'<div class="qz3-badge qz3-badge-{badge.level}"><span aria-hidden="true">{glyphs[badge.level]}</span>'
+        f"<div><b>{escape(badge.title)}</b><p>{escape(badge.reason)}</p></div></div>"
+        for badge in found
+    )
+    return f'<div class="qz3-badges" role="group" aria-label="proof">{boxes}</div>'
 
 
 def ranks(now: Now) -> str:
@@ -141,11 +160,6 @@ def no_loss(now: Now) -> str:
     return "No step was finished." if now.status.has_ended else "Nothing yet: the first step is still to come."
 
 
-def log(text: str) -> str:
-    """Lines of a log."""
-    return f"<pre>{escape(redact(text))}</pre>" if text else "<pre>Nothing was logged yet.</pre>"
-
-
 def problems(found: Mapping[str, str]) -> str:
     """What of the view itself failed; ``found`` is region to traceback. The run is not affected."""
     if not found:
@@ -194,23 +208,31 @@ def _phase_list(now: Now) -> str:
     return f'<ol class="qz3-live-phases" aria-label="phases">{"".join(items)}</ol>' if items else ""
 
 
-def _figures(now: Now) -> list[tuple[str, str, str]]:
+def _figures(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
     """(number, unit, what it is) of the key figures that are known."""
     found: list[tuple[str, str, str]] = []
     peak, capacity = now.step_peak_bytes, now.capacity_bytes
     if peak is not None:
-        found.append((*_parts(peak), "peak of a step, fullest rank"))
+        label = "peak of a step, fullest rank"
+        wanted = expected.get("step", {}).get("peak_bytes")
+        if wanted:
+            label += f" (expected {format_bytes(wanted)}, {(peak / wanted - 1) * 100:+.1f}{THIN_SPACE}%)"
+        found.append((*_parts(peak), label.replace("-", MINUS) if wanted else label))
     elif any(rank.peak_bytes for rank in now.ranks):
         largest = max(rank.peak_bytes or 0 for rank in now.ranks)
         found.append((*_parts(largest), "peak so far, fullest rank"))
     if peak is not None and capacity is not None and now.device == "cuda":
         found.append((*_parts(capacity - peak), f"free of {format_bytes(capacity)}"))
-    if now.progress.loss is not None:
-        found.append((f"{now.progress.loss:.3f}", "", "loss of the last step"))
+    loss = summarize_loss(metrics)
+    if loss.last_smoothed is not None and math.isfinite(loss.last_smoothed):
+        found.append((f"{loss.last_smoothed:.3f}", "", "loss, smoothed"))
     if now.step_seconds is not None:
         found.append((f"{now.step_seconds:.2f}", "s", "a step, median"))
     if now.progress.tokens_per_second:
         found.append((f"{now.progress.tokens_per_second:,.0f}", "tokens/s", "all ranks"))
+    rates = metrics["learning_rate"].dropna()
+    if len(rates):
+        found.append((f"{float(rates.iloc[-1]):.1e}".replace("e-0", "e-"), "", "learning rate"))
     return found
 
 

@@ -83,7 +83,7 @@ class Panel(widgets.VBox):  # type: ignore[misc]
 
     def _tell(self, doing: str, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
-        where = _write_log(f"{self.panel_name}: could not {doing}", text)
+        where = log_fault(f"{self.panel_name}: could not {doing}", text)
         # A ValueError is ours, with what to do in its message; anything else is a fault, shown with its place.
         if isinstance(error, ValueError | OSError):
             first, *rest = redact(str(error)).splitlines() or ["no reason was given"]
@@ -282,7 +282,7 @@ def _logger(path: Path) -> logging.Logger:
     return logger
 
 
-def _write_log(head: str, text: str) -> str:
+def log_fault(head: str, text: str) -> str:
     """Write to the log; returns where it is, in words."""
     path = log_file()
     try:

@@ -30,6 +30,7 @@ from . import plan_html as html
 from .panel import Later, Panel, box, button, handler, region, set_children, set_html, show
 
 HERE, IMAGINE = "here", "imagine"
+_FIGURE_PX = 620.0  # beside the form; a wider one would be scaled down with its text
 
 
 class PlanPanel(Panel):
@@ -252,7 +253,7 @@ class PlanPanel(Panel):
                 set_html(where, "")
         else:
             set_html(self.verdict, html.verdict(found) + self._mismatch(plan))
-            set_html(self.figure, plot_plan(found).svg())
+            set_html(self.figure, plot_plan(found, width_px=_FIGURE_PX).svg())
             set_html(self.strategies, html.strategies(found))
         self._show_advice(found)
         set_html(self.limits, self._limits())

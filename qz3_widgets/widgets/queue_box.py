@@ -19,7 +19,7 @@ class QueueBox:
     """The rows of one queue; :meth:`refresh` reads it anew."""
 
     def __init__(self, queue: Queue, guard: Guard) -> None:
-        """Show ``queue``; handlers run in ``guard``, as :meth:`.panel.Panel.guard` does it."""
+        """Show ``queue`` at the first :meth:`refresh`; handlers run in ``guard``, as a panel's own does it."""
         self.queue = queue
         self._guard = guard
         self._shown: tuple[Any, ...] | None = None
@@ -30,7 +30,6 @@ class QueueBox:
         head = box([self.title, self.pause_button], "queue-head")
         self.box = box([head, self.rows], "queue", kind="column")
         self.box.add_class("qz3-card")
-        self.refresh()
 
     @property
     def line(self) -> str:

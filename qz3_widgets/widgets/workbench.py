@@ -47,6 +47,7 @@ class Workbench(Panel):
         """
         self.runs_dir = Path(os.environ.get("QZ3_RUNS_DIR", "runs") if runs_dir is None else runs_dir)
         self._closed = threading.Event()
+        self._built = False
         self._remembered = Remembered(self.runs_dir, self.state)
         before = self._remembered.read()
         draft, trouble = _draft(start, before.get("draft"))
@@ -72,9 +73,7 @@ class Workbench(Panel):
             on_fix_all=self.config.apply_all_fixes,
             nested=True,
         )
-        self.monitor = MonitorPanel(
-            runs_dir=self.runs_dir, on_change=self._remembered.note, on_apply=self.take, nested=True
-        )
+        self.monitor = MonitorPanel(runs_dir=self.runs_dir, on_change=self._note, on_apply=self.take, nested=True)
         self.compare = ComparePanel(runs_dir=self.runs_dir, nested=True)
         self.runs = RunsPanel(self.runs_dir, on_open=self.watch, on_compare=self.compare_runs, nested=True)
         self.verdict_line = widgets.HTML()
@@ -89,7 +88,8 @@ class Workbench(Panel):
         self._preset = draft.preset
         self._restore(before)
         self._draft_changed(self.config.draft)
-        self.tabs.observe(lambda _: self._remembered.note(), names="selected_index")
+        self.tabs.observe(lambda _: self._note(), names="selected_index")
+        self._built = True
         if trouble:
             self.tell("open what was open last", trouble)
         self.plan.learn()
@@ -160,12 +160,16 @@ class Workbench(Panel):
             self.plan.show_config(draft.config)
         self.launch.show_config(draft.config, problems=draft.problems, preset=draft.preset)
         self._show_verdict_line()
-        self._remembered.note()
+        self._note()
+
+    def _note(self) -> None:
+        if self._built:
+            self._remembered.note()
 
     def _machine_changed(self) -> None:
         self.config.refresh()
         self._show_verdict_line()
-        self._remembered.note()
+        self._note()
 
     def _show_verdict_line(self) -> None:
         self.verdict_line.value = self.plan.verdict.value

@@ -154,7 +154,7 @@ def test_a_failed_run_has_its_cause_on_top(tmp_path: Path, show: Show) -> None:
     assert "The end of the log of rank 1" in cause
     assert "Traceback (most recent call last)" in cause
     children = list(view.children)
-    assert children.index(view.cause) < children.index(view.progress) < children.index(view.memory)
+    assert children.index(view.cause) < children.index(view.progress) < children.index(view.figure_row)
     assert "✕ failed" in text_of(view.head.value)
     assert "rank 0 step 12, cancelled" in text_of(view.ranks.value)
 
@@ -213,7 +213,7 @@ def test_what_can_not_be_drawn_is_said_and_the_rest_goes_on(
 ) -> None:
     run = RunningRun(tmp_path, num_steps=3, max_steps=40)
 
-    def broken(_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no <ink>")
 
     monkeypatch.setattr(live, "plot_memory", broken)
