@@ -68,7 +68,10 @@ def list_entries(
 @queue_app.command()
 def move(
     name: Name,
-    place: Annotated[int, typer.Argument(help="Its new place, as 'qz3 queue list' counts: 1 is the next one.", min=1)],
+    place: Annotated[
+        int,
+        typer.Argument(metavar="PLACE", help="Its new place, as 'qz3 queue list' counts: 1 is the next one.", min=1),
+    ],
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Put an entry at another place; one that could not be started is tried again."""
