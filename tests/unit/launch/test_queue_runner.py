@@ -86,6 +86,23 @@ def test_what_counts_as_a_run_that_goes_on(runs_dir: Path) -> None:
     assert running_here(runs_dir) == []
 
 
+def test_a_run_that_was_begun_again_by_hand_counts_before_a_start(queue: Queue, queue_config: RunConfig) -> None:
+    layout = RunLayout(make_run(queue.runs_dir, run_id="again-1", state="running"))
+    ended = dataclasses.replace(
+        read_status(layout), state="cancelled", host=this_host(), ended="2020-01-01T00:00:00.000+00:00"
+    )
+    write_status(layout, ended)  # its traces are newer than its end
+    assert running_here(queue.runs_dir) == []
+    assert [run.run_id for run in running_here(queue.runs_dir, by_hand=True)] == ["again-1"]
+    queue.add(queue_config)
+    started: list[str] = []
+    assert runner(queue, started)._one()
+    assert started == []
+    write_status(layout, dataclasses.replace(ended, ended=utc_now()))
+    assert runner(queue, started)._one()
+    assert started == ["mine"]
+
+
 def test_what_cannot_start_stays_with_its_reason_and_the_next_is_tried(queue: Queue, queue_config: RunConfig) -> None:
     reasons: dict[str, Exception] = {"full": ValueError("the disk is full"), "odd": KeyError("gone")}
     for name in (*reasons, "good"):
