@@ -26,7 +26,7 @@ from ..runs.store import Run, open_run
 from . import live_html as html
 from .follow import FollowedRun, Now
 from .log_box import ALL, LogBox
-from .panel import close_all, log_fault
+from .panel import close_parts, log_fault
 
 POLL_SECONDS = 0.5
 # Drawing takes a tenth of a second of the kernel's time, which the user's own cells and the ranks want too.
@@ -164,9 +164,8 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         """Stop following, and take the widget away with all that is in it. The run itself goes on."""
         self._stopped.set()
         with self._one_at_a_time:
-            for child in self.children:
-                close_all(child)
             super().close()
+            close_parts(self)
 
     def _follow(self) -> None:
         while not self._done and not self._stopped.wait(0.0 if self._now is None else POLL_SECONDS):

@@ -26,7 +26,7 @@ from ..runs.store import Run
 from ..units import GIB, format_bytes
 from .keep import free_path, keep_figures
 from .live import LiveRun
-from .panel import Ask, Panel, box, button, close_all, handler, region, set_children, set_html, show
+from .panel import Ask, Panel, box, button, handler, region, set_children, set_html, show
 from .plan_html import change_words
 
 _LOOK_SECONDS = 2.0
@@ -199,7 +199,6 @@ class MonitorPanel(Panel):
         self._closed.set()
         if self.live is not None:
             self.live.close()
-        close_all(self.head)
         super().close()
 
     def _choose(self, change: Mapping[str, Any]) -> None:

@@ -76,6 +76,11 @@ class Panel(widgets.VBox):  # type: ignore[misc]
         self._problems[doing] = note("error", message)
         self._show_problems()
 
+    def close(self) -> None:
+        """Take the panel away, with all that is in it."""
+        super().close()
+        close_parts(self)
+
     @property
     def failures(self) -> tuple[str, ...]:
         """What could not be done and still stands in the error region."""
@@ -240,14 +245,44 @@ def set_children(where: Any, children: Sequence[Any]) -> None:
 
 
 def close_all(widget: Any) -> None:
-    """Close a widget with all that is in it, and with their layouts and styles."""
-    for child in getattr(widget, "children", ()):
-        close_all(child)
-    for part in ("layout", "style"):
-        owned = getattr(widget, part, None)
-        if isinstance(owned, widgets.Widget):
-            owned.close()
+    """Close a widget with all that is in it or belongs to it, shown or not: it stays alive otherwise."""
+    close_parts(widget)
     widget.close()
+
+
+def close_parts(widget: Any) -> None:
+    """Close all that is in a widget or belongs to it, and not the widget itself."""
+    for part in _parts_of(widget, {id(widget)}):
+        part.close()
+
+
+def _parts_of(owner: Any, seen: set[int]) -> list[widgets.Widget]:
+    """Widgets that an object holds, directly, in containers, or in objects of ours; the innermost first."""
+    found: list[widgets.Widget] = []
+    for value in list(vars(owner).values()):
+        for each in _flat(value):
+            if id(each) in seen:
+                continue
+            ours = type(each).__module__.startswith(__package__)
+            if isinstance(each, widgets.Widget):
+                # What is not a widget may know the panel that it is in, and does not own it.
+                if isinstance(each, Panel) and not isinstance(owner, widgets.Widget):
+                    continue
+                seen.add(id(each))
+                found += _parts_of(each, seen)
+                found.append(each)
+            elif ours and hasattr(each, "__dict__") and not isinstance(each, type):
+                seen.add(id(each))
+                found += _parts_of(each, seen)
+    return found
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [each for item in value.values() for each in _flat(item)]
+    if isinstance(value, list | tuple):
+        return [each for item in value for each in _flat(item)]
+    return [value]
 
 
 @cache

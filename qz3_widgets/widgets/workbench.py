@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
 
@@ -31,6 +32,8 @@ _TICK_SECONDS = 2.0
 class Workbench(Panel):
     """Four tabs over one folder of runs. What is open is remembered there: a new kernel shows it again.
 
+    There is one for each folder in a kernel: a new one takes the place of the one before, whose cell was run again.
+
     :attr:`config`, :attr:`plan`, :attr:`launch`, :attr:`monitor`, :attr:`runs` and :attr:`compare` are its panels, each
     a public widget of its own.
     """
@@ -48,6 +51,10 @@ class Workbench(Panel):
         self.runs_dir = Path(os.environ.get("QZ3_RUNS_DIR", "runs") if runs_dir is None else runs_dir)
         self._closed = threading.Event()
         self._built = False
+        place = self.runs_dir.expanduser().absolute()
+        if (earlier := _OPEN.get(place)) is not None:
+            earlier.close()
+        _OPEN[place] = self
         self._remembered = Remembered(self.runs_dir, self.state)
         before = self._remembered.read()
         draft, trouble = _draft(start, before.get("draft"))
@@ -143,8 +150,6 @@ class Workbench(Panel):
         """Take it away; runs and the queue go on."""
         self._closed.set()
         self._remembered.flush()
-        for panel in (self.monitor, self.runs, self.compare):
-            panel.close()
         super().close()
 
     def _draft_changed(self, draft: Draft) -> None:
@@ -197,6 +202,9 @@ class Workbench(Panel):
     def _keep_ticking(self) -> None:
         while not self._closed.wait(_TICK_SECONDS):
             self.tick()
+
+
+_OPEN: WeakValueDictionary[Path, Workbench] = WeakValueDictionary()
 
 
 def _draft(start: RunConfig | str | None, remembered: Any) -> tuple[Draft, str]:
