@@ -44,6 +44,7 @@ class Panel(widgets.VBox):  # type: ignore[misc]
         """
         self.panel_name = name
         self.lock = threading.RLock()
+        self.is_closed = False
         self._problems: dict[str, str] = {}
         self.error = region("error")
         self.dismiss = button("Dismiss", self._dismiss, tooltip="Take the message away")
@@ -78,8 +79,10 @@ class Panel(widgets.VBox):  # type: ignore[misc]
 
     def close(self) -> None:
         """Take the panel away, with all that is in it."""
-        super().close()
-        close_parts(self)
+        with self.lock:
+            self.is_closed = True
+            super().close()
+            close_parts(self)
 
     @property
     def failures(self) -> tuple[str, ...]:

@@ -210,10 +210,12 @@ class PlanPanel(Panel):
         """Let finished runs say how far predictions are off on this machine; in the background, for it reads traces."""
 
         def work() -> None:
+            if self.is_closed:
+                return
             plan = self._make_plan(self.config)
             key = (plan.device, plan.world_size)
             learned = learn(self.runs_dir, plan.device, plan.world_size)
-            if learned != self._overheads.get(key):
+            if learned != self._overheads.get(key) and not self.is_closed:
                 self._overheads[key] = learned
                 self._show()
 
