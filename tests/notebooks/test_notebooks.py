@@ -104,7 +104,7 @@ def problems(notebook: Any) -> list[str]:
     models = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for model in models.values():
         state = model["state"]
-        if "qz3-live-error" in (state.get("_dom_classes") or ()) and state.get("value"):
+        if {"qz3-live-error", "qz3-region-error"} & set(state.get("_dom_classes") or ()) and state.get("value"):
             found.append(unescape(re.sub(r"<[^>]+>", " ", state["value"])))
     return found
 

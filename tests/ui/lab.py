@@ -173,7 +173,7 @@ class Notebook:
     def errors(self) -> list[str]:
         """Errors of cells, and what stands in the error regions of our own widgets."""
         found = ["\n".join(output["traceback"]) for output in self.outputs() if output["output_type"] == "error"]
-        regions = self.page.locator(".qz3-live-error").all()
+        regions = self.page.locator(".qz3-live-error, .qz3-region-error").all()
         return found + [text for region in regions if (text := (region.text_content() or "").strip())]
 
     def set_theme(self, theme: str) -> None:

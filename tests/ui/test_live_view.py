@@ -131,7 +131,7 @@ def test_all_text_is_readable(open_notebook: Open, page: Page, tmp_path: Path, t
     for view in views.all():
         expect(view.locator("svg.qz3-svg")).to_have_count(2)
         view.locator(".jupyter-widget-Collapse-header").click()
-        expect(view.locator(".qz3-live-log pre")).to_contain_text("starting")
+        expect(view.locator(".qz3-live-log .qz3-log-lines")).to_contain_text("starting")
         assert view.evaluate(_UNREADABLE) == []
 
 
