@@ -27,6 +27,9 @@ _LOG_BYTES = 1_000_000
 TYPING_SECONDS = 0.15
 """How long nothing is typed before what was typed counts."""
 
+# One for all panels of a kernel: they call each other, and two locks taken in two orders would wait for each other.
+_LOCK = threading.RLock()
+
 P = ParamSpec("P")
 S = TypeVar("S", bound="Panel")
 
@@ -43,7 +46,7 @@ class Panel(widgets.VBox):  # type: ignore[misc]
             nested: It stands in another panel, which brings the style along.
         """
         self.panel_name = name
-        self.lock = threading.RLock()
+        self.lock = _LOCK
         self.is_closed = False
         self._problems: dict[str, str] = {}
         self.error = region("error")
