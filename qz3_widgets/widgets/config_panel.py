@@ -247,7 +247,7 @@ class ConfigPanel(Panel):
                 self.demo_said.value = f'<span role="status">{escape(line)} …</span>'
 
             say("unpacking")
-            unpacked = self.guard("unpack the demo", lambda: prepare_demo(say=say))
+            unpacked = self.guard("unpack the demo", lambda: prepare_demo(say=say), locked=False)
             self.demo_button.disabled = False
             self.demo_said.value = _DEMO if not unpacked else ""
             self.guard("show the configuration", self._changed)

@@ -11,6 +11,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -58,15 +59,16 @@ class Panel(widgets.VBox):  # type: ignore[misc]
         for each in ("qz3", "qz3-panel", f"qz3-{name}"):
             self.add_class(each)
 
-    def guard(self, doing: str, do: Callable[[], Any]) -> bool:
+    def guard(self, doing: str, do: Callable[[], Any], *, locked: bool = True) -> bool:
         """Run ``do``; returns whether it went well. An exception goes to the error region, and to the log.
 
         Args:
             doing: What was attempted, as it follows "could not": ``"show the runs"``. Success takes its message away.
             do: The handler.
+            locked: Whether other handlers wait meanwhile; not for what takes longer than a moment in a thread.
         """
         try:
-            with self.lock:
+            with self.lock if locked else nullcontext():
                 do()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, and the panel goes on
             self._tell(doing, error)

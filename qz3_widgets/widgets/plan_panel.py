@@ -30,6 +30,7 @@ from . import plan_html as html
 from .panel import Later, Panel, box, button, handler, region, set_children, set_html, show
 
 HERE, IMAGINE = "here", "imagine"
+_READ = "Read the shape (some ten seconds, once)"
 _FIGURE_PX = 620.0  # beside the form; a wider one would be scaled down with its text
 
 
@@ -76,7 +77,7 @@ class PlanPanel(Panel):
         self.gib = widgets.BoundedFloatText(value=80, min=1, max=10_000, step=1, description="GiB each")
         self._imagined = box([self.num_gpus, widgets.HTML("GPUs of"), self.gib, widgets.HTML("GiB")], "plan-imagined")
         self.verdict = region("verdict")
-        self.read_button = button("Read the shape (some ten seconds, once)", self.read_shape, kind="primary")
+        self.read_button = button(_READ, self.read_shape, kind="primary")
         self.figure = region("figure")
         self.strategies = region("strategies")
         self.advice_title = widgets.HTML()
@@ -170,16 +171,12 @@ class PlanPanel(Panel):
         config = self.config
 
         def read() -> None:
-            def work() -> None:
-                try:
-                    model_shape(config)
-                finally:
-                    self._reading = False
-                    self.read_button.disabled = False
-                    self.read_button.description = "Read the shape (some ten seconds, once)"
-                self._show()
-
-            self.guard("read the model's shape", work)
+            found = self.guard("read the model's shape", lambda: model_shape(config), locked=False)
+            self._reading = False
+            self.read_button.disabled = False
+            self.read_button.description = _READ
+            if found and not self.is_closed:
+                self.guard("plan the configuration", self._show)
 
         threading.Thread(target=read, name="qz3-shape", daemon=True).start()
 
@@ -209,20 +206,20 @@ class PlanPanel(Panel):
     def learn(self) -> None:
         """Let finished runs say how far predictions are off on this machine; in the background, for it reads traces."""
 
-        def work() -> None:
-            if self.is_closed:
-                return
-            plan = self._make_plan(self.config)
-            key = (plan.device, plan.world_size)
-            learned = learn(self.runs_dir, plan.device, plan.world_size)
-            if learned != self._overheads.get(key) and not self.is_closed:
-                self._overheads[key] = learned
-                self._show()
+        plan = self._make_plan(self.config)
+        key = (plan.device, plan.world_size)
 
-        thread = threading.Thread(
-            target=lambda: self.guard("learn from finished runs", work), name="qz3-learn", daemon=True
-        )
-        thread.start()
+        def work() -> None:
+            learned = learn(self.runs_dir, *key)
+            with self.lock:
+                if learned != self._overheads.get(key) and not self.is_closed:
+                    self._overheads[key] = learned
+                    self._show()
+
+        def guarded() -> None:
+            self.guard("learn from finished runs", work, locked=False)
+
+        threading.Thread(target=guarded, name="qz3-learn", daemon=True).start()
 
     def _sizes_changed(self, _: Any) -> None:
         if not self._busy:

@@ -117,10 +117,10 @@ class RunsPanel(Panel):
             self._choose([run_id for run_id in self._chosen if run_id in there])
         self._show()
 
-    @handler("work out the figures")
-    def fill(self) -> None:
-        """Work out figures that are missing yet, for a moment."""
-        self.table.fill(_FILL_SECONDS)
+    def fill(self) -> bool:
+        """Work out figures that are missing yet, for a moment; returns whether that went well."""
+        # A long run takes seconds, for which no button shall wait.
+        return self.guard("work out the figures", lambda: self.table.fill(_FILL_SECONDS), locked=False)
 
     @handler("show the runs")
     def show_rows(self) -> None:

@@ -146,7 +146,7 @@ def test_each_handler_shows_its_fault(plan: PlanPanel, monkeypatch: pytest.Monke
     assert not plan.apply({"lora.r": 8})
     plan.read_shape()
     _join("qz3-shape")
-    assert plan.error.value.count("RuntimeError: provoked") >= 4
+    assert plan.error.value.count("RuntimeError: provoked") >= 3
 
 
 def test_a_file_that_cannot_be_shown_says_so(plan: PlanPanel, monkeypatch: pytest.MonkeyPatch) -> None:
