@@ -60,7 +60,7 @@ def execute(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Execut
 
 
 def test_no_notebook_is_forgotten() -> None:
-    assert [notebook.name for notebook in NOTEBOOKS] == ["00_start_here.ipynb"]
+    assert [notebook.name for notebook in NOTEBOOKS] == ["00_start_here.ipynb", "01_workbench.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
-"""Takes the README's picture: the first notebook, executed in a real JupyterLab, while its first run is under way.
+"""Takes the README's picture: the workbench in a real JupyterLab, a configuration being built beside its plan.
 
-    python -m tests.ui.take_screenshot                    # writes notebooks/start_here.png; some minutes
-    python -m tests.ui.take_screenshot --more pictures    # and a picture of each output, light, dark and narrow
+    python -m tests.ui.take_screenshot                    # writes notebooks/workbench.png
+    python -m tests.ui.take_screenshot --more pictures    # and pictures of the first notebook's outputs; some minutes
 
 The browser is Chromium, as for the tests (QZ3_CHROMIUM names another program).
 """
@@ -22,20 +22,19 @@ from tests.conftest import REPOSITORY
 from tests.ui.lab import BROWSER_ARGS, Notebook, running_lab
 
 NOTEBOOK = REPOSITORY / "notebooks" / "00_start_here.ipynb"
-PICTURE = REPOSITORY / "notebooks" / "start_here.png"
+PICTURE = REPOSITORY / "notebooks" / "workbench.png"
+CELL = "from qz3_widgets import Workbench\n\nWorkbench('llama-3.1-405b')"
 _WIDTH, _HEIGHT, _SCALE = 1280, 1080, 2
 _LATE = 4  # the step from which on the curves have something to show
 _RUN_MS = 600_000
 
 
 def main() -> None:
-    """Run the notebook, and write the pictures."""
+    """Take the picture, and on demand those of the first notebook."""
     parser = argparse.ArgumentParser(description="The README's picture.")
     parser.add_argument("--output", type=Path, default=PICTURE)
-    parser.add_argument("--more", type=Path, help="a folder for pictures of every output, to look at")
+    parser.add_argument("--more", type=Path, help="a folder for pictures of every output of the first notebook")
     chosen = parser.parse_args()
-    if chosen.more:
-        chosen.more.mkdir(parents=True, exist_ok=True)
     browser_program = os.environ.get("QZ3_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         root = Path(name) / "notebooks"
@@ -46,21 +45,44 @@ def main() -> None:
             size = {"width": _WIDTH, "height": _HEIGHT}
             page = browser.new_page(viewport=size, device_scale_factor=_SCALE)
             page.set_default_timeout(_RUN_MS)
-            notebook = Notebook(page, lab, NOTEBOOK.name)
-            notebook.hide_side_bars()
-            notebook.start_all()
-            while_it_runs(page, chosen.output)
+            the_workbench(Notebook(page, lab, "workbench.ipynb", [CELL]), chosen.output)
             if chosen.more:
-                save(page, chosen.more / "live.png")
-                notebook.set_theme("JupyterLab Dark")
-                save(page, chosen.more / "live-dark.png")
-                notebook.set_theme("JupyterLab Light")
-            notebook.wait_for_cells(_RUN_MS / 1000)
-            if errors := notebook.errors():
-                raise SystemExit("\n".join(errors))
-            if chosen.more:
-                every_output(notebook, chosen.more)
+                chosen.more.mkdir(parents=True, exist_ok=True)
+                lab.end_sessions()
+                the_first_notebook(Notebook(page, lab, NOTEBOOK.name), chosen.more)
             browser.close()
+
+
+def the_workbench(notebook: Notebook, output: Path) -> None:
+    """A few fields changed, and the plan that follows."""
+    page = notebook.page
+    notebook.hide_side_bars()
+    notebook.run_all()
+    for path, value in (("lora.r", "64"), ("training.gradient_accumulation_steps", "8")):
+        control = page.locator(f".qz3-field-{path.replace('.', '-')} input")
+        control.fill(value)
+        expect(page.locator(f".qz3-field-{path.replace('.', '-')}")).to_contain_text("preset")
+    page.get_by_role("button", name="deepspeed.json").click()
+    expect(page.locator("pre.qz3-file")).to_contain_text("zero_optimization")
+    page.locator(".qz3-section-quantization .jupyter-widget-Collapse-header").click()
+    show(page, ".jp-Cell:has(.qz3-workbench)", above=4)
+    if errors := notebook.errors():
+        raise SystemExit("\n".join(errors))
+    save(page, output)
+
+
+def the_first_notebook(notebook: Notebook, folder: Path) -> None:
+    """Its live view while a run is under way, and every output."""
+    page = notebook.page
+    notebook.start_all()
+    while_it_runs(page, folder / "live.png")
+    notebook.set_theme("JupyterLab Dark")
+    save(page, folder / "live-dark.png")
+    notebook.set_theme("JupyterLab Light")
+    notebook.wait_for_cells(_RUN_MS / 1000)
+    if errors := notebook.errors():
+        raise SystemExit("\n".join(errors))
+    every_output(notebook, folder)
 
 
 def while_it_runs(page: Page, output: Path) -> None:
