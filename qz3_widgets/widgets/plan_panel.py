@@ -205,7 +205,6 @@ class PlanPanel(Panel):
 
     def learn(self) -> None:
         """Let finished runs say how far predictions are off on this machine; in the background, for it reads traces."""
-
         plan = self._make_plan(self.config)
         key = (plan.device, plan.world_size)
 
