@@ -72,4 +72,9 @@ def _stretch(part: pd.DataFrame, segment: Segment, seconds: float) -> pd.DataFra
 
 def _place(x: Floats, level: Floats, peak: Floats, segment: Segment, units: int) -> pd.DataFrame:
     at = segment.begin + x / max(1, units) * (segment.end - segment.begin)
-    return pd.DataFrame({"x": at, "level": level, "peak": np.fmax(level, peak)})
+    return curve(at, level, peak)
+
+
+def curve(x: Floats, level: Floats, peak: Floats) -> pd.DataFrame:
+    """What :func:`align` gives, of records that have their places already."""
+    return pd.DataFrame({"x": x, "level": level, "peak": np.fmax(level, peak)})

@@ -1,4 +1,4 @@
-"""Loss by step or by tokens, of one run or of several."""
+"""Loss by step, by tokens or by time, of one run or of several."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..analysis.names import label_runs
 from ..runs.store import Run
 from .empty import empty_view, say
 from .labels import free_spot, put, spread
-from .scales import count_axis
+from .scales import count_axis, time_axis
 from .series import MAX_POINTS, Floats, thin_line
 from .style import add_axes, color, new_figure, plain, run_color, run_dash, run_text_color, size_px, styled, text_width
 from .view import FigureView
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720.0, 272.0, 46.0, 26.0, 26.0
 _NOTHING = "No loss is on record yet."
-X = Literal["step", "tokens"]
+_FEW_LABELS_PX = 600.0
+X = Literal["step", "tokens", "time"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,66 +39,101 @@ class _Curve:
 
 @overload
 def plot_loss(
-    runs: Run | Sequence[Run], x: X = "step", *, ax: None = None, span: int | None = None, index: int = 0
+    runs: Run | Sequence[Run],
+    x: X = "step",
+    *,
+    ax: None = None,
+    span: int | None = None,
+    index: int = 0,
+    width: float = _WIDTH,
 ) -> FigureView: ...
 @overload
 def plot_loss(
-    runs: Run | Sequence[Run], x: X = "step", *, ax: Axes, span: int | None = None, index: int = 0
+    runs: Run | Sequence[Run],
+    x: X = "step",
+    *,
+    ax: Axes,
+    span: int | None = None,
+    index: int = 0,
+    width: float = _WIDTH,
 ) -> Axes: ...
 def plot_loss(
-    runs: Run | Sequence[Run], x: X = "step", *, ax: Axes | None = None, span: int | None = None, index: int = 0
+    runs: Run | Sequence[Run],
+    x: X = "step",
+    *,
+    ax: Axes | None = None,
+    span: int | None = None,
+    index: int = 0,
+    width: float = _WIDTH,
 ) -> FigureView | Axes:
     """Training loss, each step thin and smoothed in full, with the evaluations as marks.
 
     Args:
         runs: A run, or several in the order in which they get their colours. A failed run ends in a cross.
-        x: ``"step"``, or ``"tokens"`` seen by all ranks: runs with other batches compare by tokens.
+        x: ``"step"``; ``"tokens"`` seen by all ranks, by which runs with other batches compare; or ``"time"``, in
+            seconds since the ranks began, without the pause before a run was resumed.
         ax: Draw into these axes, and return them.
         span: Steps to smooth over; 8, or fewer in a short run, if left out.
         index: The first run's place among those shown elsewhere, which gives it its colour.
+        width: Of the figure, in pixels. Below 600, evaluations of several runs are marked and not named.
 
     Raises:
-        ValueError: ``x`` is neither, or ``span`` is below 1.
+        ValueError: ``x`` is none of these, or ``span`` is below 1.
     """
-    if x not in ("step", "tokens"):
-        raise ValueError(f"x is {x!r}: a loss is drawn by 'step' or by 'tokens'")
+    if x not in ("step", "tokens", "time"):
+        raise ValueError(f"x is {x!r}: a loss is drawn by 'step', 'tokens' or 'time'")
     chosen = [runs] if isinstance(runs, Run) else list(runs)
     labels = label_runs(chosen)
     curves = [_read(run, labels[run.run_id], x, span, index + i) for i, run in enumerate(chosen)]
     with styled():
         if not any(len(curve.steps) or len(curve.evals) for curve in curves):
-            return say(ax, _NOTHING) if ax is not None else empty_view(_NOTHING, _numbers(curves), _WIDTH)
+            return say(ax, _NOTHING) if ax is not None else empty_view(_NOTHING, _numbers(curves), width)
         if ax is not None:
             _draw(ax, curves, x)
             return ax
-        figure = new_figure(_HEIGHT, _WIDTH)
-        margin = max(text_width(text, bold=True) for _, text, _, _ in _end_labels(curves)) + 20
-        main = add_axes(figure, _LEFT, _TOP, _WIDTH - margin, _HEIGHT - _BOTTOM)
-        _draw(main, curves, x)
+        figure = new_figure(_HEIGHT, width)
+        few = width < _FEW_LABELS_PX
+        margin = max(text_width(text, bold=True) for _, text, _, _ in _end_labels(curves, few=few)) + 20
+        main = add_axes(figure, _LEFT, _TOP, width - margin, _HEIGHT - _BOTTOM)
+        _draw(main, curves, x, few=few)
         return FigureView(figure, (main,), data=_numbers(curves), alt=_alt(curves))
 
 
 def _read(run: Run, label: str, x: X, span: int | None, index: int) -> _Curve:
     metrics, status = run.metrics(), run.status
     steps, evals = loss_curve(metrics, span=span), eval_curve(metrics)
-    place = "step" if x == "step" else "num_tokens"
     known = metrics["max_steps"].dropna()
     return _Curve(
         label=label,
         index=index,
         state=status.state,
         max_steps=int(known.iloc[-1]) if len(known) else None,
-        steps=steps.assign(x=steps[place].to_numpy(np.float64, na_value=np.nan)),
-        evals=evals.assign(x=evals[place].to_numpy(np.float64, na_value=np.nan)),
+        steps=steps.assign(x=_places(steps, metrics, "step", x)),
+        evals=evals.assign(x=_places(evals, metrics, "eval", x)),
     )
 
 
-def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
+def _places(rows: pd.DataFrame, metrics: pd.DataFrame, event: str, x: X) -> Floats:
+    """Where ``rows`` of steps or evaluations lie on the x axis."""
+    if x != "time":
+        return rows["step" if x == "step" else "num_tokens"].to_numpy(np.float64, na_value=np.nan)
+    # Each attempt has a clock of its own: it goes on where the one before ended.
+    lasted = metrics.groupby("attempt")["time_seconds"].max().sort_index()
+    begins = lasted.cumsum().shift(fill_value=0.0)
+    own = metrics[metrics["event"] == event]
+    times = (own["time_seconds"] + own["attempt"].map(begins)).groupby(own["step"]).last()
+    return rows["step"].map(times).to_numpy(np.float64, na_value=np.nan)
+
+
+def _draw(ax: Axes, curves: Sequence[_Curve], x: X, *, few: bool = False) -> None:
     plain(ax)
     positions = np.concatenate([np.concatenate([curve.steps["x"], curve.evals["x"]]) for curve in curves])
     begin, end = float(np.nanmin(positions)), float(np.nanmax(positions))
     to_come = curves[0].max_steps if len(curves) == 1 and curves[0].state == "running" and x == "step" else None
-    count_axis(ax, 0.0 if x == "tokens" else begin, max(end, to_come or 0), x)
+    if x == "time":
+        time_axis(ax, 0.0, end)
+    else:
+        count_axis(ax, 0.0 if x == "tokens" else begin, max(end, to_come or 0), x)
     _y_axis(ax, curves)
     width, height = size_px(ax)
     put(ax, -6, height + 12, "loss", ha="right", color=color("muted"))
@@ -105,7 +141,7 @@ def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
         ax.axvspan(end, to_come, color=color("panel"), linewidth=0, zorder=0)
         middle = ((end + to_come) / 2 - begin) / (to_come - begin) * width
         put(ax, middle, _free_height(ax, curves), "still to come", ha="center", color=color("muted"))
-    alike = _alike(curves)
+    alike = _alike(curves) if x != "time" else None  # at the same step, and not at the same time
     drawn: list[tuple[Floats, Floats]] = []
     filled = [curve for curve in curves if len(curve.steps)]
     for curve in curves:
@@ -116,7 +152,8 @@ def _draw(ax: Axes, curves: Sequence[_Curve], x: X) -> None:
         text = f"The two curves agree: largest difference {alike:.3f}"
         spot = free_spot(ax, ((begin + end) / 2, ax.get_ylim()[1]), (text_width(text), 14), drawn)
         put(ax, spot[0], spot[1] + 7, text, color=color("muted"))
-    _label_ends(ax, curves, width if to_come is None else (end - begin) / (max(end, to_come) - begin) * width)
+    left = width if to_come is None else (end - begin) / (max(end, to_come) - begin) * width
+    _label_ends(ax, curves, left, few=few)
 
 
 def _draw_curve(ax: Axes, curve: _Curve, *, above: int, alone: bool, budget: int) -> list[tuple[Floats, Floats]]:
@@ -160,7 +197,7 @@ def _first_nan(curve: _Curve) -> str | None:
     return f"not a number from step {int(bad['step'].iloc[0])}" if len(bad) else None
 
 
-def _end_labels(curves: Sequence[_Curve]) -> list[tuple[float, str, int, bool]]:
+def _end_labels(curves: Sequence[_Curve], *, few: bool = False) -> list[tuple[float, str, int, bool]]:
     """(height in data, text, index of the run, bold) of the labels at the right."""
     found = []
     for curve in curves:
@@ -173,16 +210,16 @@ def _end_labels(curves: Sequence[_Curve]) -> list[tuple[float, str, int, bool]]:
             suffix = ", smoothed" if len(curves) == 1 and not ended else ""
             found.append((float(smoothed.iloc[-1]), f"{name}{smoothed.iloc[-1]:.3f}{suffix}{ended}", curve.index, True))
         evals = curve.evals["eval_loss"].dropna()
-        if len(evals):
+        if len(evals) and not (few and len(curves) > 1 and len(smoothed)):
             found.append((float(evals.iloc[-1]), f"{name}evaluation {evals.iloc[-1]:.3f}", curve.index, False))
     return found
 
 
-def _end_heights(ax: Axes, curves: Sequence[_Curve]) -> list[float]:
+def _end_heights(ax: Axes, curves: Sequence[_Curve], *, few: bool = False) -> list[float]:
     """Where the labels of :func:`_end_labels` stand, in pixels above the axis."""
     _, height = size_px(ax)
     low, high = ax.get_ylim()
-    wanted = [(level - low) / (high - low) * height for level, _, _, _ in _end_labels(curves)]
+    wanted = [(level - low) / (high - low) * height for level, _, _, _ in _end_labels(curves, few=few)]
     return spread(wanted, 14, 4, height)
 
 
@@ -193,9 +230,9 @@ def _free_height(ax: Axes, curves: Sequence[_Curve]) -> float:
     return max((height - 10, height / 2, 10), key=lambda place: min((24, *(abs(place - y) for y in taken))))
 
 
-def _label_ends(ax: Axes, curves: Sequence[_Curve], left: float) -> None:
+def _label_ends(ax: Axes, curves: Sequence[_Curve], left: float, *, few: bool) -> None:
     """Name the curves right of their ends, ``left`` pixels from the axes' left edge."""
-    for (_, text, index, bold), y in zip(_end_labels(curves), _end_heights(ax, curves), strict=True):
+    for (_, text, index, bold), y in zip(_end_labels(curves, few=few), _end_heights(ax, curves, few=few), strict=True):
         put(ax, left + 10, y, text, color=run_text_color(index), weight="bold" if bold else "normal")
 
 

@@ -15,6 +15,9 @@ from .style import color, size_px
 _SMALLEST_SHARE = 0.2
 """Below this share of the capacity the data fill the axis, and the capacity is named at its upper edge."""
 
+_MARK_PX = 46.0
+"""What a mark of an x axis takes with its number."""
+
 
 @dataclass(frozen=True)
 class MemoryScale:
@@ -74,7 +77,9 @@ def time_axis(ax: Axes, begin: float, end: float) -> None:
     span = max(end - begin, 1e-3)
     unit, seconds = ("s", 1.0) if span < 180 else ("min", 60.0) if span < 3 * 3600 else ("h", 3600.0)
     ax.set_xlim(begin, begin + span)
-    places = MaxNLocator(7, steps=[1, 2, 3, 5, 6, 10]).tick_values(begin / seconds, (begin + span) / seconds)
+    places = MaxNLocator(_most_marks(ax, 7), steps=[1, 2, 3, 5, 6, 10]).tick_values(
+        begin / seconds, (begin + span) / seconds
+    )
     _fixed(ax, [place * seconds for place in places], lambda place: f"{place / seconds:g}", unit)
 
 
@@ -82,7 +87,7 @@ def count_axis(ax: Axes, begin: float, end: float, unit: str) -> None:
     """Whole numbers, thousands and millions as ``12k`` and ``1.2M``, with ``unit`` at the first mark."""
     span = max(end - begin, 1.0)
     ax.set_xlim(begin, begin + span)
-    places = list(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]).tick_values(begin, begin + span))
+    places = list(MaxNLocator(_most_marks(ax, 6), integer=True, steps=[1, 2, 5, 10]).tick_values(begin, begin + span))
     if begin > 0 and unit == "step":
         places = [begin, *(place for place in places if place > begin + 0.09 * span)]
     _fixed(ax, places, short_number, unit)
@@ -94,6 +99,11 @@ def short_number(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / (1e3 if sign == 'k' else limit):.3g}{sign}"
     return f"{value:.0f}"
+
+
+def _most_marks(ax: Axes, usual: int) -> int:
+    """As many as there is room for in a narrow panel."""
+    return max(2, min(usual, int(size_px(ax)[0] / _MARK_PX)))
 
 
 def _fixed(ax: Axes, places: Sequence[float], text: object, unit: str) -> None:

@@ -7,6 +7,7 @@ token in the colour's place and follow the page's theme.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ _RC: dict[Any, Any] = {
 }
 
 
+_DRAWING = threading.RLock()
+
+
 @cache
 def tokens(theme: Theme = "light") -> dict[str, str]:
     """Token to colour (``#rrggbb``) in one theme, from the style sheet that the page has too."""
@@ -103,8 +107,9 @@ def run_dash(index: int) -> Any:
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw and render inside this: the reader's own matplotlib settings neither show in our figures nor change."""
+    # matplotlib's settings are the process's own, and views draw in threads: one at a time.
     # A name in a script that the fonts lack is drawn as boxes in a PNG, and right in an SVG: no need to warn of it.
-    with mpl.rc_context({**_RC, "font.family": list(families())}), warnings.catch_warnings():
+    with _DRAWING, mpl.rc_context({**_RC, "font.family": list(families())}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 

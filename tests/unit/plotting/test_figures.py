@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,7 +72,10 @@ PLOTS: dict[str, Callable[..., Any]] = {
     "loss": plot_loss,
     "time": plot_time,
     "tokens": lambda run, **kwargs: plot_loss(run, "tokens", **kwargs),
+    "loss by time": lambda run, **kwargs: plot_loss(run, "time", **kwargs),
     "compare": lambda run, **kwargs: plot_memory_compare([run], **kwargs),
+    "compare by step": lambda run, **kwargs: plot_memory_compare([run], "step", **kwargs),
+    "compare by time": lambda run, **kwargs: plot_memory_compare([run], "time", **kwargs),
 }
 
 
@@ -159,7 +163,10 @@ def several(scenes: dict[str, Run], *names: str) -> list[Run]:
 )
 def test_several_runs(scenes: dict[str, Run], names: tuple[str, ...]) -> None:
     runs = several(scenes, *names)
-    for view in (plot_loss(runs), plot_loss(runs, "tokens"), plot_memory_compare(runs)):
+    for view in (
+        *(plot_loss(runs, x, width=width) for x in ("step", "tokens", "time") for width in (720, 520)),
+        *(plot_memory_compare(runs, by) for by in ("phase", "step", "time")),
+    ):
         check_readable(view.figure)
         ET.fromstring(view.svg())
 
@@ -270,8 +277,10 @@ def test_only_some_ranks(scenes: dict[str, Run]) -> None:
 
 
 def test_bad_input(scenes: dict[str, Run]) -> None:
-    with pytest.raises(ValueError, match="x is 'time'"):
-        plot_loss(scenes["demo"], "time")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="x is 'hours'"):
+        plot_loss(scenes["demo"], "hours")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="by is 'clock'"):
+        plot_memory_compare([scenes["demo"]], "clock")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="one run or more"):
         plot_memory_compare([])
     with pytest.raises(ValueError, match="span is 0"):
@@ -298,3 +307,33 @@ def test_no_pyplot() -> None:
 
     code = "import sys, qz3_widgets.plotting.report; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_is_aligned_by_what_is_chosen(scenes: dict[str, Run]) -> None:
+    runs = several(scenes, "demo", "no evaluation")
+    by_step, by_time = plot_memory_compare(runs, "step"), plot_memory_compare(runs, "time")
+    last = max(int(run.metrics()["step"].max()) for run in runs)
+    assert by_step.ax.get_xlim() == (0, last)
+    assert by_step.data["steps"].between(0, last).all()
+    seconds = max(float(run.memory().last_attempt()["time_seconds"].max()) for run in runs)
+    assert by_time.ax.get_xlim()[1] == pytest.approx(seconds)
+    assert by_time.data["time_seconds"].max() == pytest.approx(seconds)
+    assert "Memory by time" in by_time.alt
+
+
+def test_loss_by_time_goes_on_where_it_was_resumed(scenes: dict[str, Run]) -> None:
+    run = scenes["resumed"]
+    assert run.metrics()["attempt"].nunique() > 1
+    ax = plot_loss(run, "time").ax
+    seconds = ax.lines[1].get_xdata()
+    assert (np.diff(np.asarray(seconds, dtype=float)) > 0).all()
+    assert max(seconds) > run.metrics()["time_seconds"].max()
+
+
+def test_a_narrow_loss_marks_evaluations_and_names_the_runs(scenes: dict[str, Run]) -> None:
+    runs = several(scenes, "demo", "resumed")
+    narrow = plot_loss(runs, width=520)
+    assert narrow.figure.bbox.width == 520
+    assert "evaluation" not in texts(narrow)
+    assert "evaluation" in texts(plot_loss(runs))
+    assert "evaluation" in texts(plot_loss(runs[0], width=520))
