@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 16 * 2**20
 _BLOCK_BYTES = 2**20
 
 

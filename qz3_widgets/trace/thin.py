@@ -41,11 +41,21 @@ def _extremes(frame: pd.DataFrame, part: np.ndarray[Any, Any], num_intervals: in
     num_phases = len(frame["phase"].cat.categories)
     group = (part * num_intervals + interval) * num_phases + frame["phase"].cat.codes.to_numpy()
     keep = np.zeros(len(frame), np.bool)
+    # Sorted once, and nearly so already: then the extremes of each group are found in one pass.
+    order = np.argsort(group, kind="stable")
+    starts = np.append(0, np.flatnonzero(np.diff(group[order])) + 1)
+    sizes = np.diff(np.append(starts, len(order)))
     for name in _KEEP_LARGEST:
-        values = frame[name].to_numpy(np.float64, na_value=-1.0)
-        order = np.lexsort((values, group))
-        change = np.flatnonzero(np.diff(group[order]))
-        keep[order[np.append(change, len(order) - 1)]] = True  # last of each group: its largest
+        values = frame[name].to_numpy(np.float64, na_value=-1.0)[order]
+        largest = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), sizes))
+        keep[order[largest[_ends(largest, starts)]]] = True
         if name == "allocated_bytes":
-            keep[order[np.insert(change + 1, 0, 0)]] = True  # first of each group: its smallest
+            smallest = np.flatnonzero(values == np.repeat(np.minimum.reduceat(values, starts), sizes))
+            keep[order[smallest[_ends(smallest, starts, last=False)]]] = True
     return keep
+
+
+def _ends(places: np.ndarray[Any, Any], starts: np.ndarray[Any, Any], *, last: bool = True) -> np.ndarray[Any, Any]:
+    """Of ascending ``places`` the last (or first) in each group that begins at ``starts``, as indices."""
+    change = np.flatnonzero(np.diff(np.searchsorted(starts, places, side="right")))
+    return np.append(change, len(places) - 1) if last else np.insert(change + 1, 0, 0)
