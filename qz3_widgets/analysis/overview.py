@@ -18,11 +18,11 @@ from typing import Any
 
 from ..config.schema import RunConfig
 from ..config.strategy import resolve_load_strategy
-from ..runs.files import read_json_object, write_json_atomic
+from ..runs.files import read_json_object, size_of, write_json_atomic
 from ..runs.secrets import redact
 from ..runs.status import Status, read_status
 from ..runs.store import Run, list_run_folders
-from ..trace.tail import TailReader
+from ..trace.tail import TailReader, give_back_memory
 from .loss import speed, summarize_loss
 from .memory import fullest, peaks
 from .names import config_of
@@ -32,6 +32,7 @@ _VERSION = 1
 _RECORDS = 2_000  # of a rank: peaks survive the thinning, and curves are not drawn from them
 _AGAIN_SECONDS = 10.0  # between two looks at the traces of a run that goes on
 _SAVE_SECONDS = 5.0
+_LONG_BYTES = 4 * 2**20  # of one rank's trace: reading it is noticed
 
 COLUMNS = (
     "run_id",
@@ -121,15 +122,14 @@ class RunTable:
             return sorted(found, key=lambda row: (row.created, row.run_id), reverse=True)
 
     def fill(self, budget_seconds: float = 0.2) -> bool:
-        """Work out figures that are missing, the newest runs first; returns whether some are missing still.
+        """Work out missing figures, of the newest runs first and of long ones last; returns whether some are missing.
 
         Args:
             budget_seconds: After so long it stops between two runs.
         """
         end = time.monotonic() + budget_seconds
-        for row in self.rows():
-            if row.complete or row.problem is not None:
-                continue
+        missing = [row for row in self.rows() if not row.complete and row.problem is None]
+        for row in sorted(missing, key=self._is_long):
             if time.monotonic() > end:
                 self._save()
                 return True
@@ -137,8 +137,13 @@ class RunTable:
             if not row.has_ended and known is not None and time.monotonic() - known.at < _AGAIN_SECONDS:
                 continue
             self._work_out(self.runs_dir / row.run_id)
-        self._save()
+        if missing:
+            self._save()
+            give_back_memory()
         return False
+
+    def _is_long(self, row: RunRow) -> bool:
+        return size_of(Run(self.runs_dir / row.run_id).layout.memory_trace(0)) > _LONG_BYTES
 
     def _row(self, folder: Path) -> RunRow:
         run = Run(folder)

@@ -84,6 +84,7 @@ def _parse_fast(data: bytes, kind: str, schema: pa.Schema) -> Batch | None:
             pa.BufferReader(data),
             read_options=pa.json.ReadOptions(block_size=4 * 2**20),
             parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            memory_pool=pa.system_memory_pool(),  # others keep what they had: a long run would fill a notebook's kernel
         )
         for column in schema:
             if pa.types.is_string(column.type):
