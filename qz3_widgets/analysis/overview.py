@@ -22,7 +22,7 @@ from ..runs.files import read_json_object, size_of, write_json_atomic
 from ..runs.secrets import redact
 from ..runs.status import Status, read_status
 from ..runs.store import Run, list_run_folders
-from ..trace.tail import TailReader, give_back_memory
+from ..trace.tail import TailReader, give_back_memory, is_reading_long_run
 from .loss import speed, summarize_loss
 from .memory import fullest, peaks
 from .names import config_of
@@ -130,7 +130,7 @@ class RunTable:
         end = time.monotonic() + budget_seconds
         missing = [row for row in self.rows() if not row.complete and row.problem is None]
         for row in sorted(missing, key=self._is_long):
-            if time.monotonic() > end:
+            if time.monotonic() > end or is_reading_long_run():
                 self._save()
                 return True
             known = self._known.get(row.run_id)

@@ -43,13 +43,14 @@ def read_pieces(path: Path, offset: int = 0, *, whole_file: bool = True) -> Iter
         file.seek(offset)
         rest = b""
         while piece := file.read(PIECE_BYTES):
-            cut = piece.rfind(b"\n") + 1
-            if cut == 0:
-                rest += piece
-                continue
-            data, rest = rest + piece[:cut], piece[cut:]
-            offset += len(data)
-            yield data, offset
+            # To the end of the line, so that nothing has to be cut and copied.
+            data = piece if piece.endswith(b"\n") else b"".join((piece, file.readline()))
+            if not data.endswith(b"\n"):  # the last line, without its end
+                cut = data.rfind(b"\n") + 1
+                data, rest = data[:cut], data[cut:]
+            if data:
+                offset += len(data)
+                yield data, offset
     if whole_file and rest.startswith(b"{") and _objects(rest) is not None:
         yield rest + b"\n", offset + len(rest)
 

@@ -131,6 +131,11 @@ class TailReader:
         return before != self._positions[path]
 
 
+def is_reading_long_run() -> bool:
+    """Whether somebody in this process opens a long run just now, and should have the processor for it."""
+    return _ONE_LONG_RUN.locked()
+
+
 def give_back_memory() -> None:
     """Let the system have what reading long runs took: glibc keeps it, and a notebook's kernel lives long."""
     with contextlib.suppress(OSError, AttributeError):  # another system's library
