@@ -53,7 +53,11 @@ def metrics_table(comparison: Comparison) -> str:
         if two:
             cells.append(Cell(difference(measure, values[0], values[1]), "num muted"))
         rows.append([Cell(measure.label), *cells])
-    head = [Cell("measure"), *_heads(comparison), *([Cell("second against first", "num")] if two else [])]
+    head = [
+        Cell("measure"),
+        *_heads(comparison),
+        *([Cell(kind="num", html='<span title="of the second against the first">difference</span>')] if two else []),
+    ]
     states = [Cell(comparison.metrics[run_id]["state"], "num") for run_id in comparison.run_ids]
     rows.insert(0, [Cell("state"), *states, *([Cell()] if two else [])])
     title = "<h3>Measurements<small>memory of the fullest rank; ✓ marks the better one</small></h3>"

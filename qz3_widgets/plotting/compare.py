@@ -151,7 +151,9 @@ def _longest(sources: Sequence[MemorySource], phase: str) -> float:
 def _figure(overlay: _Overlay) -> FigureView:
     columns = min(4, len(overlay.ranks))
     rows = math.ceil(len(overlay.ranks) / columns)
-    margin = max(text_width(text, bold=True) for text in _row_texts(overlay, overlay.ranks)) + 18
+    in_rows = [overlay.ranks[row * columns : (row + 1) * columns] for row in range(rows)]
+    texts = [text for ranks in in_rows for text in _row_texts(overlay, ranks)]
+    margin = max(text_width(text, bold=True) for text in texts) + 18
     panel_width = (WIDTH_PX - _LEFT - margin - _GAP * (columns - 1)) / columns
     figure = new_figure(_TOP + rows * _PANEL + (rows - 1) * _ROW_GAP + _FOOT)
     axes = []
@@ -164,7 +166,7 @@ def _figure(overlay: _Overlay) -> FigureView:
         axes.append(panel)
         last_of_row = column == columns - 1 or i == len(overlay.ranks) - 1
         if last_of_row:
-            _label_row(panel, overlay, overlay.ranks[row * columns : i + 1])
+            _label_row(panel, overlay, in_rows[row])
     return FigureView(figure, tuple(axes), data=_numbers(overlay), alt=_alt(overlay))
 
 
@@ -240,7 +242,11 @@ def _row_texts(overlay: _Overlay, ranks: Sequence[int]) -> list[str]:
     texts = []
     for label, source, peak in zip(overlay.labels, overlay.sources, peaks, strict=True):
         ended = f", {source.state}" if source.state in ("failed", "lost", "cancelled") else ""
-        texts.append(f"{label}: no trace" if peak is None else f"{label} {overlay.scale.number(peak)}{ended}")
+        if peak is not None:
+            texts.append(f"{label} {overlay.scale.number(peak)}{ended}")
+        else:  # a run of fewer ranks lacks nothing here
+            fewer = source.trace.world_size is not None and source.trace.world_size <= min(ranks)
+            texts.append("" if fewer else f"{label}: no trace")
     return texts
 
 
@@ -251,8 +257,9 @@ def _label_row(ax: Axes, overlay: _Overlay, ranks: Sequence[int]) -> None:
         (peak or 0.0) / overlay.scale.bytes_per_unit / overlay.scale.top * height for peak in _row_peaks(overlay, ranks)
     ]
     texts = _row_texts(overlay, ranks)
-    for i, (text, y) in enumerate(zip(texts, spread(wanted, 14, 6, height - 6), strict=True)):
-        put(ax, width + 8, y, text, weight="bold", color=run_text_color(i))
+    named = [i for i, text in enumerate(texts) if text]
+    for i, y in zip(named, spread([wanted[i] for i in named], 14, 6, height - 6), strict=True):
+        put(ax, width + 8, y, texts[i], weight="bold", color=run_text_color(i))
     put(ax, width + 8, height + 12, f"peak, {overlay.scale.unit}", color=color("muted"))
 
 

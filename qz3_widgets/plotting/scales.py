@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from ..units import format_bytes, pick_unit
-from .labels import put
+from .labels import fitting_name, put
 from .style import color, size_px
 
 _SMALLEST_SHARE = 0.2
@@ -59,7 +59,7 @@ def memory_axis(ax: Axes, scale: MemoryScale, *, name_capacity: bool = True, nam
     """Set the y axis, its unit above it, and draw the capacity."""
     ax.set_ylim(0, scale.top)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    _, height = size_px(ax)
+    width, height = size_px(ax)
     if name_unit:
         put(ax, -6, height + 12, scale.unit, ha="right", color=color("muted"))
     for capacity in scale.capacities:
@@ -69,7 +69,8 @@ def memory_axis(ax: Axes, scale: MemoryScale, *, name_capacity: bool = True, nam
             put(ax, 4, capacity / scale.top * height + 8, text, color=color("text"))
     if scale.off_scale and name_capacity:
         sizes = ", ".join(map(format_bytes, scale.off_scale))
-        put(ax, 4, height - 8, f"↑ {scale.what} {sizes}, off scale", color=color("muted"))
+        texts = (f"↑ {scale.what} {sizes}, off scale", f"↑ {scale.what} {sizes}", f"↑ {sizes}")
+        put(ax, 4, height - 8, fitting_name(texts, width, bold=False) or texts[-1], color=color("muted"))
 
 
 def time_axis(ax: Axes, begin: float, end: float) -> None:

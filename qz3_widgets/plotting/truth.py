@@ -19,7 +19,7 @@ from .view import FigureView
 
 _COLUMNS = ["rank", "phase", "figure", "expected_bytes", "measured_bytes", "difference_bytes", "relative", "within"]
 _ORDER = [(phase, figure) for phase in ("load", "ready", "step") for figure in ("settled_bytes", "peak_bytes")]
-_ROW, _TOP, _BOTTOM, _LEFT, _RIGHT = 26.0, 50.0, 30.0, 104.0, 206.0
+_ROW, _TOP, _BOTTOM, _LEFT, _RIGHT = 26.0, 50.0, 30.0, 104.0, 216.0
 _NOTHING = "Nothing was expected of this run's memory: its plan did not know the model's shape."
 
 
@@ -101,10 +101,10 @@ def _name_furthest(ax: Axes, own: pd.DataFrame, left: float, middle: float, *, j
     token = "error" if outside else "text"
     put(ax, left + 70, middle, format_bytes(int(row["measured_bytes"])), ha="right", weight="bold", color=color(token))
     difference = f"{100 * float(row['relative']):+.1f} %".replace("-", "\N{MINUS SIGN}")
-    put(ax, left + 124, middle, difference, ha="right", color=color("error" if outside else "muted"))
+    put(ax, left + 134, middle, difference, ha="right", color=color("error" if outside else "muted"))
     put(
         ax,
-        left + 130,
+        left + 140,
         middle,
         "✕" if outside else "" if judged else "not judged",
         color=color("error" if outside else "muted"),

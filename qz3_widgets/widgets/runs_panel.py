@@ -10,28 +10,19 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..analysis.overview import RunRow, RunTable, filter_rows, sort_rows
-from ..markup import chip, escape
+from ..markup import escape
 from ..runs.status import STATES
 from ..runs.store import Run
-from ..units import GIB, MIB, format_duration
+from .compare_panel import ComparePanel
 from .panel import Ask, Later, Panel, box, button, handler, region, set_html, show
+from .runs_html import COLUMNS, listed, row_cells, short_names, size_unit
 
 ROWS_A_PAGE = 25
 _LOOK_SECONDS = 2.0
 _FILL_SECONDS = 0.3
+_FILL_PAUSE_SECONDS = 0.3  # the kernel has other things to do, too
+_TEXTS = ("run_id", "state", "model", "strategy", "tags")
 _ANY = "any state"
-
-# Column of the table, its head, and whether its cells are figures.
-_COLUMNS = (
-    ("state", "state", False),
-    ("model", "model", False),
-    ("strategy", "strategy", False),
-    ("peak_bytes", "peak", True),
-    ("last_loss", "loss", True),
-    ("tokens_per_second", "tokens/s", True),
-    ("total_seconds", "time", True),
-    ("tags", "tags", False),
-)
 
 Found = Callable[[Run], Any]
 
@@ -51,8 +42,9 @@ class RunsPanel(Panel):
 
         Args:
             runs_dir: Folder of the run directories.
-            on_open: Called with a run whose name was pressed.
-            on_compare: Called with the chosen runs whenever the choice changes.
+            on_open: Called with a run whose name was pressed. Without it no run can be opened.
+            on_compare: Called with the chosen runs whenever the choice changes. Without it the table shows them side by
+                side itself, when asked to.
             nested: It stands in another panel.
         """
         self.table = RunTable(runs_dir)
@@ -63,6 +55,7 @@ class RunsPanel(Panel):
         self._sorted_by, self._descending = "created", True
         self._page = 0
         self._busy = False
+        self._missing = True
         self._closed = threading.Event()
         self._filtering = Later(self.show_rows)
         self.text = widgets.Text(placeholder="Filter by name, model, tag", description="Filter")
@@ -70,32 +63,40 @@ class RunsPanel(Panel):
         self.state = widgets.Dropdown(options=[_ANY, *STATES], value=_ANY, description="State")
         self.state.add_class("qz3-quiet-label")
         self.count = widgets.HTML()
+        self.compare_button = button("Compare", self.compare_chosen)
         self.open_button = button("Open", self.open_chosen, tooltip="Open the chosen run in the monitor")
         self.tag_button = button("Tag", lambda: self.edit("tags"), tooltip="Tags of the chosen runs")
         self.notes_button = button("Notes", lambda: self.edit("notes"), tooltip="Notes on the chosen run")
         self.delete_button = Ask("Delete", "Delete?", self.delete_chosen)
-        head = box([widgets.HTML("<h3>Runs</h3>"), self.text, self.state, self.count, self.open_button, self.tag_button,
-                    self.notes_button, self.delete_button], "runs-head")  # fmt: skip
+        show(self.open_button, shown=on_open is not None)
+        actions = box(
+            [self.compare_button, self.open_button, self.tag_button, self.notes_button, self.delete_button],
+            "runs-actions",
+        )
+        head = box([widgets.HTML("<h3>Runs</h3>"), self.text, self.state, self.count, actions], "runs-head")
         self.edit_text = widgets.Text(description="Tags")
         self.save_button = button("Save", self.save_edit, kind="primary")
         self.cancel_button = button("Cancel", self.cancel_edit)
         self.edit_box = box([self.edit_text, self.save_button, self.cancel_button], "runs-edit")
         self.edit_box.add_class("qz3-card")
         show(self.edit_box, shown=False)
-        self._editing = "tags"
-        self.heads = {column: self._head(column) for column in ("run_id", *(each[0] for each in _COLUMNS))}
-        cells = box([self.heads[column] for column, _, _ in _COLUMNS], "runs-cells")
+        self._editing, self._edited = "tags", tuple[str, ...]()
+        self.heads = {column: self._head(column) for column in ("run_id", *(each[0] for each in COLUMNS))}
+        cells = box([self.heads[column] for column, _, _ in COLUMNS], "runs-cells")
         self.head_row = box([widgets.HTML(), self.heads["run_id"], cells], "runs-row")
         self.head_row.add_class("qz3-runs-head-row")
         self.lines: list[_Line] = []
         self.body = box([], "runs-body", kind="column")
         self.grid = box([self.head_row, self.body], "runs-grid", kind="column")
-        self.back = button("Newer", lambda: self.turn(-1), tooltip="Page before")
-        self.forward = button("Older", lambda: self.turn(1), tooltip="Next page")
+        self.back = button("Previous", lambda: self.turn(-1), tooltip="The page before")
+        self.forward = button("Next", lambda: self.turn(1), tooltip="The next page")
         self.place = widgets.HTML()
         self.pager = box([self.back, self.place, self.forward], "runs-pager")
         self.empty = region("empty")
-        super().__init__([head, self.edit_box, self.empty, self.grid, self.pager], name="runs", nested=nested)
+        self.compared: ComparePanel | None = None
+        self.below = box([], "runs-below", kind="column")
+        parts = [head, self.edit_box, self.empty, self.grid, self.pager, self.below]
+        super().__init__(parts, name="runs", nested=nested)
         self.text.observe(lambda _: self._filtering.request(), names="value")
         self.state.observe(lambda _: self.show_rows(), names="value")
         self.look()
@@ -103,9 +104,14 @@ class RunsPanel(Panel):
         self._thread.start()
 
     @property
+    def can_open(self) -> bool:
+        """Whether somebody shows a run whose name is pressed."""
+        return self._on_open is not None
+
+    @property
     def chosen(self) -> list[Run]:
         """The runs that are ticked, in the order in which they were."""
-        return [Run(self.table.runs_dir / run_id) for run_id in self._chosen]
+        return [self._run(run_id) for run_id in self._chosen]
 
     @handler("look at the runs")
     def look(self) -> None:
@@ -119,8 +125,13 @@ class RunsPanel(Panel):
 
     def fill(self) -> bool:
         """Work out figures that are missing yet, for a moment; returns whether that went well."""
+
+        def fill() -> None:
+            self._missing = False  # it may fail
+            self._missing = self.table.fill(_FILL_SECONDS)
+
         # A long run takes seconds, for which no button shall wait.
-        return self.guard("work out the figures", lambda: self.table.fill(_FILL_SECONDS), locked=False)
+        return self.guard("work out the figures", fill, locked=False)
 
     @handler("show the runs")
     def show_rows(self) -> None:
@@ -131,9 +142,10 @@ class RunsPanel(Panel):
     @handler("sort the runs")
     def sort(self, column: str) -> None:
         """Sort by a column; once more the other way round, and a third time by age again."""
+        figures = column not in _TEXTS
         if self._sorted_by != column:
-            self._sorted_by, self._descending = column, column not in ("run_id", "state", "model", "strategy", "tags")
-        elif self._descending == (column not in ("run_id", "state", "model", "strategy", "tags")):
+            self._sorted_by, self._descending = column, figures
+        elif self._descending == figures:
             self._descending = not self._descending
         else:
             self._sorted_by, self._descending = "created", True
@@ -155,7 +167,7 @@ class RunsPanel(Panel):
     def open_run(self, run_id: str) -> None:
         """Open a run."""
         if self._on_open is not None:
-            self._on_open(Run(self.table.runs_dir / run_id))
+            self._on_open(self._run(run_id))
 
     @handler("open the run")
     def open_chosen(self) -> None:
@@ -163,23 +175,39 @@ class RunsPanel(Panel):
         if self._chosen and self._on_open is not None:
             self._on_open(self.chosen[-1])
 
+    @handler("compare the runs")
+    def compare_chosen(self) -> None:
+        """Show the chosen runs side by side, read anew."""
+        if len(self._chosen) < 2:
+            raise ValueError("choose two runs or more: tick them in the table")
+        if self._on_compare is not None:
+            self._on_compare(self.chosen)
+            return
+        if self.compared is None:
+            self.compared = ComparePanel(runs_dir=self.runs_dir, nested=True)
+            self.below.children = (self.compared,)
+        self.compared.show_runs(self.chosen)
+
     @handler("edit tags and notes")
     def edit(self, what: str) -> None:
-        """Show the field for ``tags`` or ``notes`` of the chosen runs."""
+        """Show the field for ``tags`` or ``notes`` of the runs that are chosen now."""
         if not self._chosen:
             raise ValueError("choose a run first: tick it in the table")
-        self._editing = what
+        self._editing, self._edited = what, tuple(self._chosen)
         values = {", ".join(run.tags) if what == "tags" else run.notes for run in self.chosen}
-        self.edit_text.description = "Tags" if what == "tags" else "Notes"
-        self.edit_text.placeholder = "baseline, fits 32 GiB" if what == "tags" else "what this run is about"
-        self.edit_text.value = values.pop() if len(values) == 1 else ""
+        self.edit_text.description = f"{'Tags' if what == 'tags' else 'Notes'} of {listed(self._edited)}"
+        same = len(values) == 1
+        hint = "baseline, fits 32 GiB" if what == "tags" else "what is worth knowing about it"
+        self.edit_text.placeholder = hint if same else "they differ: what you write here takes their place"
+        self.edit_text.value = values.pop() if same else ""
         show(self.edit_box)
 
     @handler("save tags and notes")
     def save_edit(self) -> None:
-        """Write what was typed to all chosen runs."""
+        """Write what was typed to the runs that were chosen then; one that is gone since is left out."""
         text = self.edit_text.value.strip()
-        for run in self.chosen:
+        runs = [run for run in map(self._run, self._edited) if run.layout.root.is_dir()]
+        for run in runs:
             if self._editing == "tags":
                 run.annotate(tags=[tag.strip() for tag in text.split(",") if tag.strip()])
             else:
@@ -201,7 +229,8 @@ class RunsPanel(Panel):
             try:
                 run.delete()
             except (ValueError, OSError) as error:
-                problems.append(str(error))
+                if run.layout.root.exists():
+                    problems.append(str(error))
             else:
                 self._chosen.remove(run.run_id)
         self._rows = self.table.rows()
@@ -224,12 +253,16 @@ class RunsPanel(Panel):
 
         self.guard("choose the runs", change)
 
+    def _run(self, run_id: str) -> Run:
+        return Run(self.table.runs_dir / run_id)
+
     def _head(self, column: str) -> widgets.Button:
         return button("", lambda: self.sort(column), kind="head")
 
     def _choose(self, run_ids: list[str]) -> None:
         self._chosen = run_ids
-        show(self.edit_box, shown=False)
+        if not run_ids:
+            self.delete_button.show_question(asked=False)
         if self._on_compare is not None:
             self._on_compare(self.chosen)
 
@@ -242,13 +275,15 @@ class RunsPanel(Panel):
         pages = max(1, -(-len(rows) // ROWS_A_PAGE))
         self._page = min(max(0, self._page), pages - 1)
         shown = rows[self._page * ROWS_A_PAGE : (self._page + 1) * ROWS_A_PAGE]
-        self._show_head(len(chosen), len(rows))
+        unit, names = size_unit(self._rows), short_names(list(by_id))
+        self._show_head(chosen, len(rows), unit)
         self._busy = True
         try:
             while len(self.lines) < len(shown):
                 self.lines.append(_Line(self))
             for line, row in zip(self.lines, shown, strict=False):
-                line.show(row, self._chosen.index(row.run_id) if row.run_id in self._chosen else None)
+                place = self._chosen.index(row.run_id) if row.run_id in self._chosen else None
+                line.show(row, names[row.run_id], place, unit)
             boxes = [line.box for line in self.lines[: len(shown)]]
             if list(self.body.children) != boxes:
                 self.body.children = boxes
@@ -268,26 +303,42 @@ class RunsPanel(Panel):
             words = "No run matches the filter."
         return f'<div class="qz3-empty">{escape(words)}</div>'
 
-    def _show_head(self, num_chosen: int, number: int) -> None:
-        words = f"{num_chosen} of {number} chosen, shown first" if num_chosen else f"{number} run{'s' * (number != 1)}"
+    def _show_head(self, chosen: Sequence[RunRow], number: int, unit: str) -> None:
+        words = f"{len(chosen)} of {number} chosen, shown first" if chosen else f"{number} run{'s' * (number != 1)}"
         set_html(self.count, f'<span class="qz3-muted">{words}</span>')
         for each in (self.open_button, self.tag_button, self.notes_button, self.delete_button.first):
-            each.disabled = not num_chosen
-        which = self._chosen[0] if num_chosen == 1 else f"{num_chosen} runs"
-        self.delete_button.ask_about(f"Delete {which}, with logs, traces and adapter?")
-        for column, name, _ in (("run_id", "run", False), *_COLUMNS):
+            each.disabled = not chosen
+        self.compare_button.disabled = len(chosen) < 2
+        self.compare_button.tooltip = "Show the chosen runs side by side" if len(chosen) > 1 else "Choose two or more"
+        if chosen:
+            self.delete_button.ask_about(_question(chosen))
+        for column, name, _ in (("run_id", "run", False), *COLUMNS):
+            words = f"{name}, {unit}" if column == "peak_bytes" else name
             mark = "" if column != self._sorted_by else " ▾" if self._descending else " ▴"
             head = self.heads[column]
-            if head.description != name + mark:
-                head.description = name + mark
+            if head.description != words + mark:
+                head.description = words + mark
             order = "" if not mark else ", sorted, largest first" if self._descending else ", sorted, smallest first"
             head.tooltip = f"Sort by {name}{order}"
 
     def _keep_looking(self) -> None:
-        while not self._closed.wait(_LOOK_SECONDS):
+        while not self._closed.wait(_FILL_PAUSE_SECONDS if self._missing else _LOOK_SECONDS):
             self.fill()
             if not self._closed.is_set():
                 self.look()
+
+
+_MARKS = (*(f"qz3-runs-chosen-{number}" for number in range(1, 5)), "qz3-runs-again")
+
+
+def _question(chosen: Sequence[RunRow]) -> str:
+    """What is asked before the chosen runs are deleted; those that go on are not."""
+    going = [row.run_id for row in chosen if row.state == "running"]
+    others = [row.run_id for row in chosen if row.state != "running"]
+    stay = f"{listed(going)} {'is' if len(going) == 1 else 'are'} running and stay{'s' * (len(going) == 1)}"
+    if not others:
+        return f"Delete? {stay}: stop first."
+    return f"Delete {listed(others)}, with logs, traces and adapter?{f' {stay}.' if going else ''}"
 
 
 class _Line:
@@ -304,55 +355,21 @@ class _Line:
         self.cells.add_class("qz3-runs-cells-html")
         self.box = box([self.tick, self.name, self.cells], "runs-row")
 
-    def show(self, row: RunRow, place: int | None) -> None:
-        """Show ``row``; ``place`` is its place among the chosen ones."""
-        now = (row, place)
+    def show(self, row: RunRow, name: str, place: int | None, unit: str) -> None:
+        """Show ``row`` under ``name``; ``place`` is its place among the chosen ones."""
+        now = (row, name, place, unit)
         if now == self._shown:
             return
         self._shown, self._run_id = now, row.run_id
         self.tick.value = place is not None
-        self.tick.description = ""
         self.tick.tooltip = f"Choose {row.run_id}"
-        self.name.description = row.run_id
-        self.name.tooltip = f"Open {row.run_id}"
-        for number in range(4):
-            (self.box.add_class if place is not None and place % 4 == number else self.box.remove_class)(
-                f"qz3-runs-chosen-{number + 1}"
-            )
-        self.cells.value = _cells(row)
+        self.name.description = name
+        self.name.tooltip = f"Open {row.run_id}" if self._panel.can_open else row.run_id
+        wanted = [] if place is None else [f"qz3-runs-chosen-{place % 4 + 1}", *(["qz3-runs-again"] * (place > 3))]
+        for each in _MARKS:
+            (self.box.add_class if each in wanted else self.box.remove_class)(each)
+        self.cells.value = row_cells(row, unit)
 
     def _ticked(self, change: dict[str, Any]) -> None:
         if not self._panel._busy:
             self._panel.tick(self._run_id, ticked=bool(change["new"]))
-
-
-def _cells(row: RunRow) -> str:
-    if row.problem is not None:
-        return (
-            f'<div class="qz3-runs-cells"><span>{chip(row.state)}</span>'
-            f'<span class="qz3-runs-problem">! {escape(row.problem)}</span></div>'
-        )
-    unknown = "" if row.complete or row.peak_bytes is not None else "reading"
-    figures = {
-        "state": chip(row.state),
-        "model": escape(row.model or unknown),
-        "strategy": escape(row.strategy or ""),
-        "peak_bytes": escape(_size(row.peak_bytes)),
-        "last_loss": "" if row.last_loss is None else f"{row.last_loss:.3f}",
-        "tokens_per_second": "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        "total_seconds": "" if row.total_seconds is None else escape(format_duration(row.total_seconds)),
-        "tags": escape(", ".join(row.tags)),
-    }
-    note = f' title="{escape(row.notes)}"' if row.notes else ""
-    parts = "".join(
-        f'<span class="{"qz3-figure" if number else ""}" title="{name}">{figures[column]}</span>'
-        for column, name, number in _COLUMNS
-    )
-    return f'<div class="qz3-runs-cells"{note}>{parts}</div>'
-
-
-def _size(num_bytes: int | None) -> str:
-    """In GiB, as the other runs' beside it, also for small ones."""
-    if num_bytes is None:
-        return ""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
