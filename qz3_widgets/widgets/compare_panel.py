@@ -32,7 +32,7 @@ from .panel import Panel, box, button, handler, region, set_html, show
 from .runs_html import short_names
 
 _CHOOSE = "Choose two runs or more in the table to see them side by side."
-_LOSS_PX = 520.0  # it stands in half the panel
+_LOSS_PX, _MANY_LOSSES_PX = 520.0, 720.0  # in half the panel, and in all of it
 _LOSS_BY = ("step", "tokens", "time")
 _MEMORY_BY = {"phase": "phases aligned, not the clock", "step": "steps alone", "time": "by time since the ranks began"}
 _SIDE_BY_SIDE = 3  # with more runs the tables need the whole width
@@ -205,10 +205,9 @@ class ComparePanel(Panel):
         self._read, parts = found
         self._tell_title("")
         labels = self._read.comparison.labels.values()
-        for name, fits in (
-            ("qz3-compare-wide", len(labels) <= _SIDE_BY_SIDE),
-            ("qz3-compare-short", max(map(len, labels)) <= _SHORT_NAME),
-        ):
+        few = len(labels) <= _SIDE_BY_SIDE
+        short = few and max(map(len, labels)) <= _SHORT_NAME
+        for name, fits in (("qz3-compare-wide", few), ("qz3-compare-short", short)):
             (self.halves.add_class if fits else self.halves.remove_class)(name)
         self._show_parts(parts)
         self.body.remove_class("qz3-dim")
@@ -224,7 +223,8 @@ class ComparePanel(Panel):
         self.title.value = f"<h3>{'Two' if number == 2 else number} runs side by side{small}</h3>"
 
     def _loss(self, read: _Read) -> FigureView:
-        return plot_loss(read.runs, self.loss_by.value, width=_LOSS_PX)
+        width = _LOSS_PX if len(read.runs) <= _SIDE_BY_SIDE else _MANY_LOSSES_PX
+        return plot_loss(read.runs, self.loss_by.value, width=width)
 
     def _loss_parts(self, read: _Read) -> dict[str, str]:
         return {"loss": self._loss(read).svg(), "loss_head": "<h3>Loss<small>smoothed; ○ evaluations</small></h3>"}
