@@ -26,6 +26,7 @@ from ..plotting.time import plot_time
 from ..plotting.truth import plot_truth
 from ..plotting.view import FigureView
 from ..runs.store import Run
+from . import background
 from .follow import FollowedRun
 from .keep import free_path, keep_figures
 from .panel import Panel, box, button, handler, region, set_html, show
@@ -115,8 +116,7 @@ class ComparePanel(Panel):
         self.body.add_class("qz3-dim")
         # One reader at a time: it finds out itself that other runs are wanted by then.
         if self._thread is None:
-            self._thread = threading.Thread(target=self._keep_reading, name="qz3-compare", daemon=True)
-            self._thread.start()
+            self._thread = background.start("qz3-compare", self._keep_reading, stop=self._stop)
 
     @handler("compare the runs")
     def refresh(self) -> None:
@@ -162,6 +162,9 @@ class ComparePanel(Panel):
         for run_id, view in _truths(self._read).items():
             figures[f"expected-{self._read.comparison.labels[run_id]}"] = view
         self._say(*keep_figures(self.runs_dir, self._stem(), figures))
+
+    def _stop(self) -> None:
+        self.is_closed = True
 
     def _keep_reading(self) -> None:
         while True:

@@ -13,6 +13,7 @@ from ..analysis.overview import RunRow, RunTable, filter_rows, sort_rows
 from ..markup import escape
 from ..runs.status import STATES
 from ..runs.store import Run
+from . import background
 from .compare_panel import ComparePanel
 from .panel import Ask, Later, Panel, box, button, handler, region, set_html, show
 from .runs_html import COLUMNS, listed, row_cells, short_names, size_unit
@@ -100,8 +101,7 @@ class RunsPanel(Panel):
         self.text.observe(lambda _: self._filtering.request(), names="value")
         self.state.observe(lambda _: self.show_rows(), names="value")
         self.look()
-        self._thread = threading.Thread(target=self._keep_looking, name="qz3-runs", daemon=True)
-        self._thread.start()
+        self._thread = background.start("qz3-runs", self._keep_looking, stop=self._closed.set)
 
     @property
     def can_open(self) -> bool:

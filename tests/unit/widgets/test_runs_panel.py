@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import ipywidgets as widgets
 import pytest
 from ipywidgets.widgets.widget import _instances
 
@@ -89,6 +90,26 @@ def test_it_looks_again_by_itself_until_it_is_closed(runs_dir: Path, monkeypatch
     panel.close()
     panel._thread.join(10)
     assert not panel._thread.is_alive()
+
+
+def test_only_what_changed_travels(make: Make, runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a-1", "b-1"):
+        make_run(runs_dir, run_id=name)
+    panel = make()
+    told: list[tuple[object, str]] = []
+    notify = widgets.Widget.notify_change
+    monkeypatch.setattr(
+        widgets.Widget,
+        "notify_change",
+        lambda self, change: (told.append((self, change["name"])), notify(self, change)),
+    )
+    panel.look()
+    assert told == []
+    Run(runs_dir / "a-1").annotate(tags=["new"])
+    panel.look()
+    (changed,) = told
+    assert changed[1] == "value"
+    assert "new" in changed[0].value  # type: ignore[attr-defined]
 
 
 def test_what_a_run_that_ended_does_not_have_is_none(make: Make, runs_dir: Path) -> None:
