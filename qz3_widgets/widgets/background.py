@@ -1,7 +1,7 @@
 """Threads that end in good order with the interpreter.
 
-A daemon thread that the interpreter cuts off inside a C++ library (Arrow, which reads the traces) takes the process down
-with an abort. These are asked to stop, and waited for, before it comes to that.
+A daemon thread that the interpreter cuts off inside a C++ library (Arrow, which reads the traces) can take the process
+down with an abort. These are asked to stop, and waited for, before it comes to that.
 """
 
 from __future__ import annotations
