@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from . import cli_lab
 from .cli_queue import queue_app
 from .config.changes import apply_overrides
 from .config.io import dump_config, load_config
@@ -26,6 +26,8 @@ app = typer.Typer(
     help="QLoRA with DeepSpeed ZeRO-3: configure, launch, trace, read back, compare.",
 )
 app.add_typer(queue_app, name="queue")
+app.command()(cli_lab.lab)
+app.command()(cli_lab.app)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -326,15 +328,19 @@ def compare(
 
 @app.command()
 def export(
-    names: Annotated[list[str], typer.Argument(metavar="RUN... FILE.html")], runs_dir: RunsDir = Path("runs")
+    names: Annotated[list[str], typer.Argument(metavar="RUN... FILE.html|FILE.ipynb")], runs_dir: RunsDir = Path("runs")
 ) -> None:
-    """Write one or more runs as a single HTML file that needs nothing else."""
+    """Write one or more runs as a single HTML file that needs nothing else, or as a notebook that draws them anew."""
     from .plotting.report import export_html
+    from .plotting.report_notebook import export_notebook
 
     *chosen, target = names
-    if not chosen or not target.endswith((".html", ".htm")):
-        raise ValueError("name at least one run, and then a file that ends in .html: qz3 export RUN FILE.html")
-    written = export_html([_open(name, runs_dir) for name in chosen], Path(target))
+    if not chosen or not target.endswith((".html", ".htm", ".ipynb")):
+        raise ValueError(
+            "name at least one run, and then a file that ends in .html or .ipynb: qz3 export RUN FILE.html"
+        )
+    write = export_notebook if target.endswith(".ipynb") else export_html
+    written = write([_open(name, runs_dir) for name in chosen], Path(target))
     err.print(f"wrote {escape(str(written))}", soft_wrap=True)
 
 
@@ -349,18 +355,6 @@ def demo(
 
     failed = run_demo(runs_dir, overrides or [], out, prepare_only=prepare_only)
     raise typer.Exit(1 if failed else 0)
-
-
-@app.command()
-def lab(
-    notebook: Annotated[Path | None, typer.Argument(help="Notebook to open; the first tutorial if empty.")] = None,
-) -> None:
-    """Open JupyterLab on the notebooks."""
-    folder = Path(__file__).resolve().parents[1] / "notebooks"
-    target = notebook if notebook is not None else folder / "00_start_here.ipynb"
-    if not target.exists():
-        raise ValueError(f"{target} does not exist; name a notebook")
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", str(target)]))
 
 
 def main() -> None:

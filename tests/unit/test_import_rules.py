@@ -102,10 +102,15 @@ RULES = (
     Rule("terminal_proof", ours={*LEAVES, "analysis"}, theirs={"rich"}),
     Rule("terminal_plan", ours={*LEAVES, "ladder", "plan", "terminal"}, theirs={"rich"}),
     Rule("terminal_demo", ours={*VIEW, "terminal"}, theirs={"rich"}),
+    Rule("cli_lab", ours_in_functions={"launch"}, theirs={"rich", "typer"}),
     Rule("cli_queue", ours_in_functions={"launch"}, theirs={"rich", "typer"}),
     Rule(
         "cli",
-        ours={*VIEW, "cli_queue", "ladder", "widgets", "terminal", "terminal_demo", "terminal_plan", "terminal_proof"},
+        ours={
+            *VIEW,
+            *("cli_lab", "cli_queue", "ladder", "widgets"),
+            *("terminal", "terminal_demo", "terminal_plan", "terminal_proof"),
+        },
         theirs={"click", "rich", "typer"},
     ),
     # The public names are loaded when they are asked for.
