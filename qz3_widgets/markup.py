@@ -76,10 +76,11 @@ def table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]], *, caption: str 
     )
 
 
-def chip(state: str) -> str:
-    """A run's state, as glyph and word."""
+def chip(state: str, *, live: bool = True) -> str:
+    """A run's state, as glyph and word; ``live`` has changes of it read out, which is too much in a table of runs."""
     glyph, kind = _STATES.get(state, ("○", "idle"))
-    return f'<span class="qz3-chip qz3-{kind}" role="status">{glyph} {escape(state)}</span>'
+    role = ' role="status"' if live else ""
+    return f'<span class="qz3-chip qz3-{kind}"{role}>{glyph} {escape(state)}</span>'
 
 
 def note(level: str, sentence: str, detail: str = "") -> str:

@@ -53,7 +53,7 @@ def row_cells(row: RunRow, unit: str) -> str:
     if row.problem is not None:
         problem = escape(row.problem)
         return (
-            f'<div class="qz3-runs-cells"><span>{chip(row.state)}</span>'
+            f'<div class="qz3-runs-cells"><span>{chip(row.state, live=False)}</span>'
             f'<span class="qz3-runs-problem" title="{problem}">! {problem}</span></div>'
         )
     # The configuration is read with the figures: without a model they are still to come.
@@ -68,7 +68,7 @@ def row_cells(row: RunRow, unit: str) -> str:
     parts = []
     for column, _, _ in COLUMNS:
         if column == "state":
-            parts.append(f"<span>{chip(row.state)}</span>")
+            parts.append(f"<span>{chip(row.state, live=False)}</span>")
         elif column in texts:
             text = escape(texts[column])
             parts.append(f'<span class="qz3-runs-{column}" title="{text}">{text}</span>')
