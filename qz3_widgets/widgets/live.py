@@ -23,6 +23,7 @@ from ..plotting.time import plot_time
 from ..plotting.view import FigureView
 from ..runs.files import size_of
 from ..runs.store import Run, open_run
+from . import background
 from . import live_html as html
 from .follow import FollowedRun, Now
 from .log_box import ALL, LogBox
@@ -109,8 +110,7 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
             self._done = self.refresh(draw_all=True)
         else:
             _set(self.memory, html.wait("Memory per rank", "Reading the traces of a long run."))
-        self._thread = threading.Thread(target=self._follow, name=f"qz3-live-{self.run.run_id}", daemon=True)
-        self._thread.start()
+        self._thread = background.start(f"qz3-live-{self.run.run_id}", self._follow, stop=self._stopped.set)
 
     @property
     def following(self) -> bool:

@@ -24,6 +24,7 @@ from ..plotting.truth import plot_truth
 from ..runs.checkpoints import resumable_checkpoint
 from ..runs.store import Run
 from ..units import GIB, format_bytes
+from . import background
 from .keep import free_path, keep_figures
 from .live import LiveRun
 from .panel import Ask, Panel, box, button, handler, region, set_children, set_html, show
@@ -95,8 +96,7 @@ class MonitorPanel(Panel):
             self.show_run(run)
         elif newest is not None:
             self.show_run(Run(self._table.runs_dir / newest[1]))
-        self._thread = threading.Thread(target=self._keep_looking, name="qz3-monitor", daemon=True)
-        self._thread.start()
+        self._thread = background.start("qz3-monitor", self._keep_looking, stop=self._closed.set)
 
     @handler("show the run")
     def show_run(self, run: Run) -> None:

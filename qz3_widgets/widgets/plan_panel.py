@@ -26,6 +26,7 @@ from ..plan.prospect import Prospect, prospect_at_hand
 from ..plan.shapes import can_be_known, model_shape
 from ..plotting import plot_plan
 from ..units import format_bytes
+from . import background
 from . import plan_html as html
 from .panel import Later, Panel, box, button, handler, region, set_children, set_html, show
 
@@ -218,7 +219,7 @@ class PlanPanel(Panel):
         def guarded() -> None:
             self.guard("learn from finished runs", work, locked=False)
 
-        threading.Thread(target=guarded, name="qz3-learn", daemon=True).start()
+        background.start("qz3-learn", guarded, stop=lambda: None)
 
     def _sizes_changed(self, _: Any) -> None:
         if not self._busy:

@@ -16,6 +16,7 @@ from ..config.schema import RunConfig
 from ..markup import escape
 from ..plan.capabilities import detect
 from ..runs.store import Run, RunNotFound, open_run
+from . import background
 from .compare_panel import ComparePanel
 from .config_panel import ConfigPanel
 from .launch_panel import LaunchPanel
@@ -101,8 +102,7 @@ class Workbench(Panel):
             self.tell("open what was open last", trouble)
         self.plan.learn()
         self.tick()
-        self._thread = threading.Thread(target=self._keep_ticking, name="qz3-workbench", daemon=True)
-        self._thread.start()
+        self._thread = background.start("qz3-workbench", self._keep_ticking, stop=self._closed.set)
 
     @handler("watch the run")
     def watch(self, run: Run) -> None:
