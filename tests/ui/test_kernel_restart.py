@@ -19,7 +19,7 @@ from qz3_widgets import RunConfig, make_plan, start, with_changes
 
 config = with_changes(RunConfig(), {{
     "name": "restarted", "model.name_or_path": "random:tiny-llama", "lora.r": 4, "data.source": {data!r},
-    "data.max_length": 32, "data.eval_fraction": 0.0, "training.max_steps": 40, "launch.device": "cpu",
+    "data.max_length": 32, "data.eval_fraction": 0.0, "training.max_steps": 150, "launch.device": "cpu",
 }})
 run = start(make_plan(config), runs_dir={runs_dir!r})
 """
@@ -37,7 +37,7 @@ def test_the_run_goes_on_and_a_new_kernel_shows_it(open_notebook: Open, page: Pa
     notebook.run_cell(0)
     notebook.run_cell(1)
     step = page.locator(".qz3-live-step")
-    expect(step).to_contain_text("of 40", timeout=120_000)
+    expect(step).to_contain_text("of 150", timeout=120_000)
     [run] = list_runs(runs_dir)
 
     notebook.restart_kernel()
@@ -54,7 +54,7 @@ def test_the_run_goes_on_and_a_new_kernel_shows_it(open_notebook: Open, page: Pa
     expect(page.locator(".qz3-live-memory svg.qz3-svg")).to_have_count(1)
     notebook.run_cell(2)
     expect(page.locator(".qz3-live-head")).to_contain_text("✓ succeeded", timeout=120_000)
-    assert step_of(page) == 40
+    assert step_of(page) == 150
     assert run.status.exit_code == 0
     # Memory, loss, and where the time of a step goes.
     expect(page.locator(".qz3-live svg.qz3-svg")).to_have_count(3)
