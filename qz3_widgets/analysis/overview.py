@@ -28,7 +28,7 @@ from .memory import fullest, peaks
 from .names import config_of
 from .summary import times
 
-_VERSION = 1
+_VERSION = 2
 _RECORDS = 2_000  # of a rank: peaks survive the thinning, and curves are not drawn from them
 _AGAIN_SECONDS = 10.0  # between two looks at the traces of a run that goes on
 _SAVE_SECONDS = 5.0
@@ -86,6 +86,8 @@ class _Known:
     key: tuple[int, ...]
     figures: dict[str, Any]
     at: float = 0.0
+    kept: bool = True
+    """Whether it is worth keeping on the disk: the run has ended, and could be read."""
 
 
 class RunTable:
@@ -96,6 +98,7 @@ class RunTable:
         self.runs_dir = Path(runs_dir).expanduser()
         self.kept = self.runs_dir / ".workbench" / "runs.json"
         self._lock = threading.RLock()
+        self._one_fills = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._rows: dict[str, tuple[tuple[int, ...], RunRow]] = {}
         self._tails: dict[str, TailReader] = {}
@@ -117,8 +120,8 @@ class RunTable:
                 del self._known[gone]
                 self._unsaved = True
             for cache in (self._rows, self._tails):
-                for gone in cache.keys() - there:
-                    del cache[gone]
+                for gone in list(cache.keys() - there):
+                    cache.pop(gone, None)  # a thread that fills may have taken it
             return sorted(found, key=lambda row: (row.created, row.run_id), reverse=True)
 
     def fill(self, budget_seconds: float = 0.2) -> bool:
@@ -127,7 +130,10 @@ class RunTable:
         Args:
             budget_seconds: After so long it stops between two runs.
         """
-        end = time.monotonic() + budget_seconds
+        with self._one_fills:
+            return self._fill(time.monotonic() + budget_seconds)
+
+    def _fill(self, end: float) -> bool:
         missing = [row for row in self.rows() if not row.complete and row.problem is None]
         for row in sorted(missing, key=self._is_long):
             if time.monotonic() > end or is_reading_long_run():
@@ -137,8 +143,9 @@ class RunTable:
             if not row.has_ended and known is not None and time.monotonic() - known.at < _AGAIN_SECONDS:
                 continue
             self._work_out(self.runs_dir / row.run_id)
+        # Also with nothing missing: what was worked out last came too soon after the last time it was saved.
+        self._save()
         if missing:
-            self._save()
             give_back_memory()
         return False
 
@@ -147,13 +154,14 @@ class RunTable:
 
     def _row(self, folder: Path) -> RunRow:
         run = Run(folder)
-        key = _key(run)
+        figures_key = _key(run)
+        key = (*figures_key, *_stamp(run.layout.notes_json))
         before = self._rows.get(run.run_id)
         known = self._known.get(run.run_id)
         same = before is not None and before[0] == key and before[1].has_ended
-        if before is not None and same and before[1].complete == (known is not None and known.key == key):
+        if before is not None and same and before[1].complete == (known is not None and known.key == figures_key):
             return before[1]
-        row = self._make_row(run, key)
+        row = self._make_row(run, figures_key)
         self._rows[run.run_id] = (key, row)
         return row
 
@@ -168,6 +176,7 @@ class RunTable:
             status = run.status
         known = self._known.get(run.run_id)
         figures = {} if known is None else known.figures
+        fresh = known is not None and known.key == key
         try:
             tags, notes = run.tags, run.notes
         except (ValueError, OSError):
@@ -186,22 +195,25 @@ class RunTable:
             total_seconds=_seconds(status) if status.has_ended else _seconds_so_far(status),
             tags=tuple(map(str, tags)),
             notes=notes,
-            problem=problem or figures.get("problem"),
-            complete=known is not None and known.key == key and status.has_ended,
+            problem=problem or (figures.get("problem") if fresh else None),
+            complete=fresh and status.has_ended,
         )
 
     def _work_out(self, folder: Path) -> None:
         run = Run(folder)
         key = _key(run)
         try:
-            figures = self._figures(run)
+            figures, has_ended = self._figures(run)
         except (ValueError, OSError, KeyError) as error:
-            figures = {"problem": redact(str(error))}
+            figures, has_ended = {"problem": redact(str(error))}, True
+        # What was damaged, or written by another version, may be read tomorrow.
+        kept = has_ended and figures["problem"] is None
         with self._lock:
-            self._known[run.run_id] = _Known(key, figures, time.monotonic())
-            self._unsaved = True
+            self._known[run.run_id] = _Known(key, figures, time.monotonic(), kept)
+            self._unsaved |= kept
 
-    def _figures(self, run: Run) -> dict[str, Any]:
+    def _figures(self, run: Run) -> tuple[dict[str, Any], bool]:
+        """The figures, and whether they are those of a run that has ended."""
         status = run.status
         tail = self._tails.pop(run.run_id, None) or TailReader(run.layout.root, max_records=_RECORDS)
         tail.poll()
@@ -213,7 +225,7 @@ class RunTable:
         loss, pace = summarize_loss(metrics), speed(metrics)
         config = config_of(run)
         rehearsal = any(bool(header.get("rehearsal")) for header in trace.headers.values())
-        return {
+        figures = {
             **({} if config is None else _of_config(config, rehearsal=rehearsal)),
             "num_ranks": trace.world_size or (None if config is None else config.launch.num_processes),
             "peak_bytes": None if top is None else int(top[2]),
@@ -222,6 +234,7 @@ class RunTable:
             "total_seconds": _finite(times(status, trace, table)["total_seconds"]),
             "problem": None if config is not None else "its run.yaml can't be read",
         }
+        return figures, status.has_ended
 
     def _load(self) -> None:
         if self._loaded:
@@ -242,7 +255,8 @@ class RunTable:
             if not self._unsaved or time.monotonic() - self._saved_at < _SAVE_SECONDS:
                 return
             self._unsaved, self._saved_at = False, time.monotonic()
-            runs = {run_id: {"key": known.key, "figures": known.figures} for run_id, known in self._known.items()}
+            kept = {run_id: known for run_id, known in self._known.items() if known.kept}
+            runs = {run_id: {"key": known.key, "figures": known.figures} for run_id, known in kept.items()}
             # A folder that can't be written to costs the work of the next time, and nothing else.
             with contextlib.suppress(OSError):
                 self.kept.parent.mkdir(exist_ok=True)
@@ -305,16 +319,19 @@ def _of_config(config: RunConfig, *, rehearsal: bool) -> dict[str, Any]:
 
 
 def _key(run: Run) -> tuple[int, ...]:
-    """Changes when the run does, as far as three looks at the disk tell."""
-    key: list[int] = []
-    for path in (run.layout.status_json, run.layout.notes_json, run.layout.memory_trace(0), run.layout.metrics):
-        try:
-            stat = path.stat()
-        except OSError:
-            key += [0, 0]
-        else:
-            key += [stat.st_mtime_ns, stat.st_size]
-    return tuple(key)
+    """Changes when a run's figures do, as far as a few looks at the disk tell; tags and notes are not among them."""
+    layout = run.layout
+    watched = (layout.run_yaml, layout.status_json, layout.memory_trace(0), layout.metrics)
+    return tuple(number for path in watched for number in _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """When a file was written to, and its bytes."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
 
 
 def _restarted(run: Run, status: Status) -> bool:

@@ -57,7 +57,7 @@ def test_what_was_kept_is_worked_out_again_when_the_run_has_changed(runs_dir: Pa
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", '{"version": 99}', '{"version": 1, "runs": {"a-1": {"key": "x"}}}', "{"]
+    "content", ["", "[1]", '{"version": 99}', '{"version": 2, "runs": {"a-1": {"key": "x"}}}', "{"]
 )
 def test_damaged_kept_figures_are_ignored(runs_dir: Path, content: str) -> None:
     make_run(runs_dir, run_id="a-1")
@@ -88,7 +88,38 @@ def test_tags_and_notes_show_at_once(runs_dir: Path) -> None:
     run.annotate(tags=["new"], notes="words")
     (row,) = table.rows()
     assert (row.tags, row.notes) == (("new",), "words")
-    assert full(table)["a-1"].complete
+    assert row.complete  # figures don't hang on them: those of a long run take seconds
+
+
+def test_what_was_worked_out_last_is_kept_too(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id in ("a-1", "b-1"):
+        make_run(runs_dir, run_id=run_id)
+    table = RunTable(runs_dir)
+    while table.fill(0.0):  # one run, or none, at a time
+        table._work_out(runs_dir / next(row.run_id for row in table.rows() if not row.complete))
+    table._saved_at = float("-inf")
+    assert not table.fill()
+    assert set(json.loads(table.kept.read_text())["runs"]) == {"a-1", "b-1"}
+
+
+def test_a_run_that_was_mended_is_worked_out_again(runs_dir: Path) -> None:
+    folder = make_run(runs_dir, run_id="a-1")
+    sound = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text("{")
+    table = RunTable(runs_dir)
+    assert full(table)["a-1"].problem is not None
+    assert not table.kept.exists() or json.loads(table.kept.read_text())["runs"] == {}
+    (folder / "run.yaml").write_text(sound)
+    row = full(table)["a-1"]
+    assert (row.problem, row.model, row.complete) == (None, "SmolLM2-135M-Instruct", True)
+
+
+def test_only_runs_that_have_ended_are_kept_on_the_disk(runs_dir: Path) -> None:
+    run = RunningRun(runs_dir, num_steps=3)
+    make_run(runs_dir, run_id="a-1")
+    table = RunTable(runs_dir)
+    assert full(table)[run.layout.run_id].peak_bytes is not None
+    assert set(json.loads(table.kept.read_text())["runs"]) == {"a-1"}
 
 
 def test_runs_come_and_go(runs_dir: Path) -> None:
