@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_KEEP_LARGEST = ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "host_rss_bytes")
+_KEEP_LARGEST = ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "device_used_bytes", "host_rss_bytes")
 
 
 def thin(frame: pd.DataFrame, max_records: int) -> pd.DataFrame:
     """Drop records of one rank so that at most ``max_records`` stay, roughly half of that after a call that drops any.
 
     The latest quarter stays whole. Before it, time is cut into intervals, and of each interval and phase stay the
-    records with the smallest and the largest allocated memory, and with the largest peak, reserved and resident memory.
+    records with the smallest and the largest allocated memory, and with the largest peak, reserved and resident memory
+    and use of the device; of each phase its first and last one, and the end of its last step, whose memory is settled.
     What precedes the first step has intervals of its own, so that a long training does not crowd out the load.
     """
     if len(frame) <= max_records:
@@ -23,9 +24,10 @@ def thin(frame: pd.DataFrame, max_records: int) -> pd.DataFrame:
     old, recent = frame.iloc[:-whole], frame.iloc[-whole:]
     stepping = (old["phase"] == "step").groupby(old["attempt"]).cummax()
     part = pd.factorize(old["attempt"].to_numpy() * 2 + stepping.to_numpy())[0]
+    ends = _ends_of_phases(old)
     num_intervals = max(1, max_records // (4 * (int(part.max()) + 1)))
     while True:
-        kept = old[_extremes(old, part, num_intervals)]
+        kept = old[_extremes(old, part, num_intervals) | ends]
         if len(kept) <= max_records // 2 or num_intervals == 1:
             return pd.concat([kept, recent], ignore_index=True)
         num_intervals //= 2
@@ -53,6 +55,16 @@ def _extremes(frame: pd.DataFrame, part: np.ndarray[Any, Any], num_intervals: in
             smallest = np.flatnonzero(values == np.repeat(np.minimum.reduceat(values, starts), sizes))
             keep[order[smallest[_ends(smallest, starts, last=False)]]] = True
     return keep
+
+
+def _ends_of_phases(frame: pd.DataFrame) -> np.ndarray[Any, Any]:
+    """The first and last record of each attempt and phase, and the last that a whole step ended with, as a mask."""
+    whole = (frame["event"] == "step_end").to_numpy()
+    num_phases = len(frame["phase"].cat.categories)
+    group = pd.Series(frame["attempt"].to_numpy() * num_phases + frame["phase"].cat.codes.to_numpy())
+    ends: np.ndarray[Any, Any] = (~group.duplicated() | ~group.duplicated(keep="last")).to_numpy(copy=True)
+    ends[np.flatnonzero(whole)[~group[whole].duplicated(keep="last").to_numpy()]] = True
+    return ends
 
 
 def _ends(places: np.ndarray[Any, Any], starts: np.ndarray[Any, Any], *, last: bool = True) -> np.ndarray[Any, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qz3_widgets.analysis.memory import peaks
 from qz3_widgets.runs.layout import RunLayout
 from qz3_widgets.trace.reader import BYTES_COLUMNS, read_memory, read_metrics
 from qz3_widgets.trace.tail import TailReader
@@ -109,6 +110,16 @@ def test_thin_keeps_the_load_of_a_long_run(tmp_path: Path) -> None:
     assert len(load) >= 10
     assert len(thinned) <= 1000
     assert thinned["time_seconds"].iloc[0] == pytest.approx(frame["time_seconds"].iloc[0], abs=1.0)
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_what_is_settled_and_at_its_peak_stays_true(tmp_path: Path, attempts: int) -> None:
+    run_dir = make_run(tmp_path, num_steps=800, eval_steps=300, attempts=attempts)
+    tail = TailReader(run_dir, max_records=400)
+    tail.poll()
+    kept, whole = peaks(tail.memory()), peaks(read_memory(run_dir))
+    assert kept["num_records"].sum() < whole["num_records"].sum() / 4
+    pd.testing.assert_frame_equal(kept.drop(columns="num_records"), whole.drop(columns="num_records"))
 
 
 def test_thin_takes_missing_values(tmp_path: Path) -> None:
