@@ -97,6 +97,10 @@ class RunLayout:
         """Memory records of one rank; written by that rank alone."""
         return self.trace_dir / f"memory.rank-{rank:05d}.jsonl"
 
+    def thinned_trace(self, rank: int) -> Path:
+        """A long memory trace in short, written by whoever read it; it may go at any time."""
+        return self.trace_dir / f".thinned.rank-{rank:05d}.arrow"
+
     @property
     def metrics(self) -> Path:
         """Loss, learning rate and speed per step; written by rank 0."""

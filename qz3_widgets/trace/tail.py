@@ -17,11 +17,15 @@ from .frames import MEMORY_SCHEMA, METRICS_SCHEMA, concat
 from .lines import parse, read_pieces
 from .reader import MemoryTrace, MetricsRecords, RankRecords, assemble, memory_files
 from .thin import thin
+from .thinned import MAX_RECORDS, load_thinned, save_thinned
 
 _MOST_FRAMES = 4
 """Every poll leaves one, and putting hundreds of them together at each look costs more than all else."""
 
 _MANY_BYTES = 32 * 2**20
+LONG_BYTES = 8 * 2**20
+"""From so many bytes of one rank on, what was read of them is kept on the disk for the next time."""
+
 _THREADS = 2
 _ONE_LONG_RUN = threading.Lock()
 
@@ -88,16 +92,25 @@ class TailReader:
         if offset is None:
             return False
         if offset == 0:
-            self._ranks[rank] = RankRecords(rank, path)
+            kept = self._load_kept(rank, path, stat)
+            self._ranks[rank], offset = kept or (RankRecords(rank, path), 0)
         records = self._ranks[rank]
+        is_long = stat.st_size - offset > LONG_BYTES
+        max_records = max(self._max_records, MAX_RECORDS) if is_long else self._max_records
         for data, end in read_pieces(path, offset, whole_file=False):
             records.add(parse(data, "memory", MEMORY_SCHEMA))
-            if sum(map(len, records.frames)) > self._max_records:
-                records.frames = [thin(concat(records.frames), self._max_records)]
-            elif len(records.frames) > _MOST_FRAMES:
-                records.frames = [concat(records.frames)]
+            _shorten(records, max_records)
             offset = end
+        if is_long:
+            records.frames = [concat(records.frames)] if records.frames else []
+            save_thinned(self._layout.thinned_trace(rank), records, stat, offset, max_records)
+        _shorten(records, self._max_records)
         return self._advance(path, stat, offset)
+
+    def _load_kept(self, rank: int, path: Path, stat: os.stat_result) -> tuple[RankRecords, int] | None:
+        if stat.st_size <= LONG_BYTES:
+            return None
+        return load_thinned(self._layout.thinned_trace(rank), rank, path, self._max_records)
 
     def _num_new_bytes(self, path: Path) -> int:
         offset, stat = self._news(path)
@@ -129,6 +142,13 @@ class TailReader:
         before = self._positions.get(path, (stat.st_ino, 0))
         self._positions[path] = (stat.st_ino, offset)
         return before != self._positions[path]
+
+
+def _shorten(records: RankRecords, max_records: int) -> None:
+    if sum(map(len, records.frames)) > max_records:
+        records.frames = [thin(concat(records.frames), max_records)]
+    elif len(records.frames) > _MOST_FRAMES:
+        records.frames = [concat(records.frames)]
 
 
 def is_reading_long_run() -> bool:

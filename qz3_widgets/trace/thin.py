@@ -27,7 +27,7 @@ def thin(frame: pd.DataFrame, max_records: int) -> pd.DataFrame:
     ends = _ends_of_phases(old)
     num_intervals = max(1, max_records // (4 * (int(part.max()) + 1)))
     while True:
-        kept = old[_extremes(old, part, num_intervals) | ends]
+        kept: pd.DataFrame = old[_extremes(old, part, num_intervals) | ends]
         if len(kept) <= max_records // 2 or num_intervals == 1:
             return pd.concat([kept, recent], ignore_index=True)
         num_intervals //= 2
