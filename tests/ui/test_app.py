@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,7 +39,10 @@ def test_the_page_is_the_workbench_and_asks_nobody_else(page: Page, tmp_path: Pa
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
     ) as server:  # fmt: skip
         try:
-            wait_until_up(page, server, f"http://127.0.0.1:{port}/", tmp_path / "log")
+            address = wait_until_up(page, server, f"http://127.0.0.1:{port}/", tmp_path / "log")
+            page.goto(address)
+            assert "/login" in page.url  # without the token nobody gets in
+            page.goto(with_token(address, tmp_path / "log"))
             expect(page.locator(".qz3-workbench")).to_be_visible(timeout=120_000)
             page.locator(".qz3-workbench > .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab", has_text="Monitor").click()
             expect(page.locator(".qz3-monitor .qz3-live-head")).to_contain_text("served-r2-20260917-121314")
@@ -51,15 +55,21 @@ def test_the_page_is_the_workbench_and_asks_nobody_else(page: Page, tmp_path: Pa
     assert errors == []
 
 
-def wait_until_up(page: Page, server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Load the page as soon as the server answers."""
+def wait_until_up(page: Page, server: subprocess.Popen[bytes], url: str, log: Path) -> str:
+    """Returns ``url`` as soon as the server answers there."""
     for _ in range(600):
         if server.poll() is not None:
             break
         try:
             urllib.request.urlopen(url, timeout=120).close()
-            page.goto(url)
-            return
+            return url
         except (urllib.error.URLError, OSError):
             page.wait_for_timeout(100)  # the server can't tell when it is there
     raise RuntimeError(f"qz3 app did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def with_token(url: str, log: Path) -> str:
+    """The address as the server has printed it."""
+    found = re.search(re.escape(url) + r"\?token=\w+", log.read_text(errors="replace"))
+    assert found is not None
+    return found.group()
