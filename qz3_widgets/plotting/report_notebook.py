@@ -20,12 +20,15 @@ def export_notebook(runs: Run | Sequence[Run], path: Path | str) -> Path:
         path: A file ending in ``.ipynb``; an existing one is replaced.
 
     Raises:
-        ValueError: no runs, or the file can't be written; the message names it.
+        ValueError: no runs, one of them twice, or the file can't be written; the message names it.
     """
     chosen = [runs] if isinstance(runs, Run) else list(runs)
     target = Path(path).expanduser()
     if not chosen:
         raise ValueError("a notebook needs one run or more")
+    run_ids = [run.run_id for run in chosen]
+    if twice := [run_id for run_id in dict.fromkeys(run_ids) if run_ids.count(run_id) > 1]:
+        raise ValueError(f"{target}: {', '.join(twice)} is named more than once")
     if target.suffix.lower() != ".ipynb":
         raise ValueError(f"{target}: a notebook is written to a file that ends in .ipynb")
     if target.is_dir():
