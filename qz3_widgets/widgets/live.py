@@ -167,6 +167,9 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
             super().close()
             close_parts(self)
 
+    def __del__(self) -> None:
+        """Nothing: as in a panel, no lock is waited for while garbage is collected."""
+
     def _follow(self) -> None:
         while not self._done and not self._stopped.wait(0.0 if self._now is None else POLL_SECONDS):
             self._done = self.refresh(draw_all=self._now is None)

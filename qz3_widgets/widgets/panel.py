@@ -89,6 +89,13 @@ class Panel(widgets.VBox):  # type: ignore[misc]
             super().close()
             close_parts(self)
 
+    def __del__(self) -> None:
+        """Nothing, where ipywidgets would close it, which it was before.
+
+        Garbage is collected in any thread, at any moment, and must not wait for a lock whose holder waits for what that
+        thread has.
+        """
+
     @property
     def failures(self) -> tuple[str, ...]:
         """What could not be done and still stands in the error region."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +133,21 @@ def test_styles_of_all_panels_are_in_one_place() -> None:
     for name in panel._STYLES:
         assert (Path(panel.__file__).parent / name).is_file()
     assert panel.style_css().count("<style>") == 2
+
+
+def test_collecting_a_panel_waits_for_no_lock() -> None:
+    """Another thread may collect it while this one holds the lock and waits for something that thread has."""
+    view = Example()
+    view.close()
+    collected = threading.Event()
+    garbage = [view]
+    del view
+
+    def collect() -> None:
+        garbage.clear()
+        gc.collect()
+        collected.set()
+
+    with panel._LOCK:
+        threading.Thread(target=collect, daemon=True).start()
+        assert collected.wait(20)
