@@ -27,7 +27,7 @@ class _Question:
     checks: tuple[str, ...]  # the first one that passed gives the reason
     passed: str
     failed: str
-    unknown: str
+    name: str
 
 
 _QUESTIONS = (
@@ -35,22 +35,26 @@ _QUESTIONS = (
         ("partitioned_at_load", "partitioned_when_ready", "stage", "registered"),
         "ZeRO-3 is on",
         "ZeRO-3 does not shard",
-        "ZeRO-3: not known yet",
+        "ZeRO-3",
     ),
-    _Question(("quantized", "layers", "present"), "4-bit is on", "4-bit is not on", "4-bit: not known yet"),
-    _Question(
-        ("released", "statistics", "persistent"), "Layers are let go", "Layers are not let go", "Release: not known yet"
-    ),
-    _Question(("gradients", "unchanged"), "LoRA learns", "LoRA does not learn", "LoRA: not known yet"),
+    _Question(("quantized", "layers", "present"), "4-bit is on", "4-bit is not on", "4-bit"),
+    _Question(("released", "statistics", "persistent"), "Layers are let go", "Layers are not let go", "Release"),
+    _Question(("gradients", "unchanged"), "LoRA learns", "LoRA does not learn", "LoRA"),
 )
 
 
-def badges(source: Run | Proof) -> tuple[Badge, ...]:
-    """The four badges of a run, or of its proof."""
+def badges(source: Run | Proof, *, ended: bool = False) -> tuple[Badge, ...]:
+    """The four badges of a run, or of its proof.
+
+    Args:
+        source: A run, or what :func:`~qz3_widgets.analysis.proof.prove` gave.
+        ended: The run is over: what is not known by now stays unknown.
+    """
     proof = prove(source) if isinstance(source, Run) else source
     by_name = {check.name: check for check in proof.checks}
     return tuple(
-        _badge(question, [by_name[name] for name in question.checks if name in by_name]) for question in _QUESTIONS
+        _badge(question, [by_name[name] for name in question.checks if name in by_name], ended=ended)
+        for question in _QUESTIONS
     )
 
 
@@ -66,7 +70,7 @@ def probe_state(run: Run) -> Hashable:
     return tuple(found)
 
 
-def _badge(question: _Question, checks: Sequence[CheckResult]) -> Badge:
+def _badge(question: _Question, checks: Sequence[CheckResult], *, ended: bool) -> Badge:
     failed = next((check for check in checks if check.outcome == "failed"), None)
     if failed is not None:
         return Badge(question.failed, "error", _sentence(failed.sentence))
@@ -74,9 +78,12 @@ def _badge(question: _Question, checks: Sequence[CheckResult]) -> Badge:
     unknown = next((check for check in checks if check.outcome == "unknown"), None)
     if passed is not None and (unknown is None or unknown.name in ("unchanged", "partitioned_when_ready")):
         return Badge(question.passed, "ok", _sentence(passed.sentence))
+    title = f"{question.name}: not known{'' if ended else ' yet'}"
     if unknown is not None:
-        return Badge(question.unknown, "info", f"To be seen: {redact(unknown.sentence)}.")
-    return Badge(question.unknown, "info", "No rank has told yet." if not checks else "It does not apply to this run.")
+        return Badge(title, "info", f"{'Never seen' if ended else 'To be seen'}: {redact(unknown.sentence)}.")
+    if checks:
+        return Badge(f"{question.name}: does not apply", "info", "It is not part of this run.")
+    return Badge(title, "info", "It ended before a rank had told." if ended else "No rank has told yet.")
 
 
 def _sentence(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +20,11 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 _MOST_BYTES = 2_000_000  # from the end of a log: more than anybody scrolls through
 
 _RANK = re.compile(r"\[rank (\d+)\] ?")
-_ERROR = re.compile(r"\b(error|exception|traceback|fatal|critical|proof failed|out of memory|sig(kill|segv|abrt))\b", re.I)
+_ERROR = re.compile(
+    r"\b(error|exception|traceback|fatal|critical|proof failed|out of memory|sig(kill|segv|abrt))\b", re.IGNORECASE
+)
 _NAMED_ERROR = re.compile(r"\b\w+(Error|Exception)\b")
-_WARNING = re.compile(r"\b(warn|warning|deprecated|failed to)\b|Warning\b", re.I)
+_WARNING = re.compile(r"\b(warn|warning|deprecated|failed to)\b|Warning\b", re.IGNORECASE)
 _TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -59,7 +61,7 @@ def read_log(
         num_lines: At most so many.
         most_bytes: Of the file's end that are looked at.
     """
-    path = run.layout.launcher_log if rank == "all" else run.layout.rank_log(int(rank))
+    path = log_path(run, rank)
     lines, first = _tail(path, most_bytes)
     least, wanted = LEVELS.index(level), text.lower()
     own = None if rank == "all" else int(rank)
@@ -68,10 +70,17 @@ def read_log(
         for line in _judged(lines, first, path.name, own)
         if LEVELS.index(line.level) >= least and wanted in line.text.lower()
     ]
-    return found[-num_lines:] if num_lines > 0 else []
+    # Last, for it takes longer than all the rest.
+    return [replace(line, text=redact(line.text)) for line in (found[-num_lines:] if num_lines > 0 else [])]
+
+
+def log_path(run: Run, rank: int | Literal["all"]) -> Path:
+    """The file that :func:`read_log` reads."""
+    return run.layout.launcher_log if rank == "all" else run.layout.rank_log(int(rank))
 
 
 def _judged(lines: Iterable[str], first: int | None, file: str, own: int | None) -> Iterable[LogLine]:
+    """The lines with rank and level, not redacted yet."""
     in_traceback: set[int | None] = set()  # by rank: their lines come mixed
     for number, raw in enumerate(lines):
         # A progress bar draws over itself: what stands last is what was seen.
@@ -88,7 +97,7 @@ def _judged(lines: Iterable[str], first: int | None, file: str, own: int | None)
             level = "error"
             if not shown.startswith((" ", "\t")):  # the error itself ends it
                 in_traceback.discard(rank)
-        yield LogLine(rank, level, redact(shown), None if first is None else first + number, file)
+        yield LogLine(rank, level, shown, None if first is None else first + number, file)
 
 
 def _level(text: str) -> Level:

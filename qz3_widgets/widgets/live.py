@@ -70,6 +70,9 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         Raises:
             RunNotFound: there is no such run.
         """
+        # First: what can't be made is closed all the same.
+        self._stopped = threading.Event()
+        self._one_at_a_time = threading.RLock()
         self.run = open_run(run, runs_dir)
         for name in _REGIONS:
             region = widgets.HTML(layout=widgets.Layout(display="none"))
@@ -87,12 +90,14 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         memory = widgets.Box([self.memory, self.rank_choice])
         memory.add_class("qz3-live-memory-box")
         self.figure_row = row
-        parts = [self.head, self.cause, self.progress, self.badges, memory, row, self.time, self.log_box, self.error]
+        self.after_cause = widgets.Box([])
+        self.after_cause.add_class("qz3-live-slot")
+        above = [self.head, self.cause, self.after_cause, self.progress, self.badges]
+        parts = [*above, memory, row, self.time, self.log_box, self.error]
         super().__init__([*([] if nested else [widgets.HTML(html.style())]), *parts])
         for name in ("qz3", "qz3-live"):
             self.add_class(name)
         self._problems: dict[str, str] = {}
-        self._one_at_a_time = threading.RLock()
         self._followed: FollowedRun | None = None
         self._now: Now | None = None
         self._description = ""
@@ -104,7 +109,9 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         self._expected: Mapping[str, Mapping[str, int]] | None = None
         self._proof_seen: Hashable = None
         self._next_draw = 0.0
-        self._stopped = threading.Event()
+        self._latest = html.Latest()
+        self._latest_of: Hashable = None
+        self._asked = 0
         self._done = False
         if sum(map(size_of, self.run.layout.trace_dir.glob("*"))) < _LARGE_BYTES:
             self._done = self.refresh(draw_all=True)
@@ -132,14 +139,14 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
             self._guard("state", self._read)
             if self._now is None:
                 return False
-            if draw_all:
-                for figure in self._figures:
-                    self._draw(figure)
-            elif time.monotonic() >= self._next_draw:
-                due = [figure for figure in self._figures if figure.seen() != figure.drawn]
-                if due:
-                    self._draw(min(due, key=lambda figure: figure.drawn_at))
+            self._guard("figures", lambda: self._draw_due(draw_all=draw_all))
             return self._now.status.has_ended
+
+    def explain(self) -> None:
+        """Unfold the log around the failure of a run that has failed."""
+        with self._one_at_a_time:
+            self._asked += 1
+            self._guard("cause", self._show_cause)
 
     def wait(self, timeout_seconds: float | None = None) -> Run:
         """Block until the run has ended or the time is over; the view goes on. To interrupt it leaves the run alone."""
@@ -186,18 +193,38 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         _set(self.head, html.head(followed, now, self._description))
         if self._expected is None:
             self._expected = expected_sizes(self.run)
-        _set(self.progress, html.progress(now, followed.metrics(), self._expected))
+        _set(self.progress, html.progress(now, self._newest(followed), self._expected))
         _set(self.ranks, html.ranks(now))
         seen = (probe_state(self.run), now.status.state)
         if seen != self._proof_seen:
-            _set(self.badges, html.badge_row(badges(self.run)))
+            _set(self.badges, html.badge_row(badges(self.run, ended=now.status.has_ended)))
             self._proof_seen = seen
         if before is None or before.status != now.status:
-            _set(self.cause, html.cause(followed, now))
-        if changed:
-            self._show_log()
+            _set(self.cause, html.cause(followed, now, asked=self._asked))
+        self._guard("log", self._show_log)
         # Last: what could not be shown counts as not seen, and is tried again.
         self._now = now
+
+    def _newest(self, followed: FollowedRun) -> html.Latest:
+        metrics = followed.metrics()
+        seen = (len(metrics), float(metrics["time_seconds"].iloc[-1]) if len(metrics) else None)
+        if seen != self._latest_of:
+            self._latest, self._latest_of = html.latest(metrics), seen
+        return self._latest
+
+    def _show_cause(self) -> None:
+        if self._now is not None:
+            _set(self.cause, html.cause(self._run_and_now()[0], self._now, asked=self._asked))
+
+    def _draw_due(self, *, draw_all: bool) -> None:
+        """Draw all figures, or the one that has waited longest, if the time has come."""
+        if draw_all:
+            for figure in self._figures:
+                self._draw(figure)
+        elif time.monotonic() >= self._next_draw:
+            due = [figure for figure in self._figures if figure.seen() != figure.drawn]
+            if due:
+                self._draw(min(due, key=lambda figure: figure.drawn_at))
 
     def _draw(self, figure: _Figure) -> None:
         begin = time.thread_time()
@@ -242,7 +269,7 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
         made = kind(options=choices, value=ALL, description="Memory of")
         made.add_class("qz3-filter")
         made.add_class("qz3-live-choice")
-        made.observe(lambda _: self._draw_now("memory"), names="value")
+        made.observe(lambda _: self._guard("rank filter", lambda: self._draw_now("memory")), names="value")
         return made
 
     def _draw_now(self, name: str) -> None:
@@ -269,7 +296,8 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
 
     def _show_log(self) -> None:
         if self.log_box.selected_index is not None:
-            self.log_lines.refresh_if_following()
+            ended = self._now is not None and self._now.status.has_ended
+            self.log_lines.refresh_if_following(at_once=ended)
 
     def _guard(self, region: str, show: Callable[[], None]) -> None:
         """Run ``show``; an exception goes to the error region, and leaves it once ``show`` works again."""

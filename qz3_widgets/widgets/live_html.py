@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
 from ..analysis.badges import Badge
-from ..analysis.loss import summarize_loss
+from ..analysis.loss import loss_curve
 from ..analysis.names import config_of
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..markup import MINUS, THIN_SPACE, Cell, chip, escape, note, style_block, table
 from ..plotting.html import card, describe
+from ..runs.logs import LogLine, read_log
 from ..runs.secrets import redact
 from ..runs.store import Run
 from ..trace.records import PHASES
@@ -26,6 +29,10 @@ NO_NEWS_SECONDS = 30.0
 """A rank that has written nothing for so long is pointed out."""
 
 _LOG_LINES = 40
+_LINES_BEFORE, _LINES_AFTER = 24, 8  # around the line that tells the failure
+_SEARCHED_LINES = 2_000
+_LONGEST_EVIDENCE = 600
+_RECENT_STEPS = 400  # what is older has no weight in the smoothed loss
 _MAX_RANKS = 64
 _COMING = tuple(phase for phase in PHASES if phase not in ("eval", "save"))  # may come again, or not at all
 _FILL = {"succeeded": "ok", "failed": "error", "cancelled": "idle", "lost": "idle"}
@@ -54,30 +61,90 @@ def head(run: Run, now: Now, description: str) -> str:
     )
 
 
-def cause(run: Run, now: Now) -> str:
-    """What became of a run that has ended, its cause first; nothing while it goes on."""
+@dataclass(frozen=True)
+class Latest:
+    """Figures of the newest steps; ``None`` is what is not on record."""
+
+    smoothed_loss: float | None = None
+    learning_rate: float | None = None
+
+
+def latest(metrics: pd.DataFrame) -> Latest:
+    """The newest figures, at the same cost however long the run is."""
+    recent = metrics.tail(_RECENT_STEPS)
+    return Latest(_last(loss_curve(recent)["smoothed"]), _last(recent["learning_rate"]))
+
+
+def _last(values: pd.Series[Any]) -> float | None:
+    known = values.dropna()
+    return float(known.iloc[-1]) if len(known) else None
+
+
+def cause(run: Run, now: Now, *, asked: int = 0) -> str:
+    """What became of a run that has ended, its cause first; nothing while it goes on.
+
+    Args:
+        run: The run.
+        now: It at this moment.
+        asked: How often somebody asked for an explanation: the log around the failure is unfolded then.
+    """
     if not now.status.has_ended:
         return ""
     verdict = judge(summarize(run))
     text = note(verdict.level, redact(verdict.sentence), redact(verdict.detail))
     if now.status.state not in ("failed", "lost"):
         return text
-    rank = now.status.failed_rank
-    log = run.tail_log(rank, num_lines=_LOG_LINES) if rank is not None else ""
-    name = f"the log of rank {rank}" if log else "the launcher's log"
-    log = log or run.tail_log(None, num_lines=_LOG_LINES)
-    if not log:
+    lines, place = _evidence(run, now.status.failed_rank, now.status.error)
+    if not lines:
         return text
-    return f"{text}<details><summary>The end of {escape(name)}</summary><pre>{escape(redact(log))}</pre></details>"
+    own = lines[0].rank is not None and lines[0].file != run.layout.launcher_log.name
+    name = f"the log of rank {lines[0].rank}" if own else "the launcher's log"
+    unfolded = f' open data-asked="{asked}"' if asked else ""
+    if place is None:
+        shown, title, evidence = lines[-_LOG_LINES:], f"The end of {name}", ""
+    else:
+        shown = lines[max(0, place - _LINES_BEFORE) : place + _LINES_AFTER + 1]
+        title, line = f"{name[0].upper()}{name[1:]} around it", lines[place]
+        where = f"{line.file}:{line.number}" if line.number is not None else line.file
+        evidence = (
+            f'<div class="qz3-evidence"><span>{escape(where)}</span>'
+            f"<code>{escape(line.text[:_LONGEST_EVIDENCE])}</code></div>"
+        )
+    told = "\n".join(escape(line.text) for line in shown)
+    return f"{text}{evidence}<details{unfolded}><summary>{escape(title)}</summary><pre>{told}</pre></details>"
 
 
-def progress(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str, int]]) -> str:
+def _evidence(run: Run, rank: int | None, error: str | None) -> tuple[list[LogLine], int | None]:
+    """Lines of the log that tells most of a failure, and the place among them of the one that tells it."""
+    ours: list[LogLine] = []
+    sources: tuple[int | Literal["all"], ...] = ("all",) if rank is None else (rank, "all")
+    for source in sources:
+        lines = read_log(run, rank=source, num_lines=_SEARCHED_LINES)
+        told = [place for place, line in enumerate(lines) if _tells_an_error(line, rank)]
+        known = redact(error or "").split("\n")[0][:60]
+        exact = [place for place in told if known and known in lines[place].text]
+        # An error that was logged long before the end is not why it ended.
+        late = [place for place in told if place >= len(lines) - _LOG_LINES]
+        if exact or late:
+            return lines, (exact or late)[-1]
+        ours = ours or lines
+    return ours, None
+
+
+def _tells_an_error(line: LogLine, rank: int | None) -> bool:
+    """Whether it is an error itself, of this rank or of no rank: neither a traceback's head nor the code in it."""
+    of_it = rank is None or line.rank in (rank, None)
+    return of_it and line.level == "error" and not line.text.startswith((" ", "\t", "Traceback"))
+
+
+def progress(now: Now, newest: Latest, expected: Mapping[str, Mapping[str, int]]) -> str:
     """How far it is: steps, time, phases, and the figures that are read first.
 
     ``expected`` are bytes by phase and figure, as :func:`~qz3_widgets.analysis.truth.expected_sizes` gives them.
     """
     at, state = now.progress, now.status.state
-    whole = f"Step {at.step} of {at.max_steps}" if at.max_steps else "No step yet"
+    none = "No step was finished" if now.status.has_ended else "No step yet"
+    whole = f"Step {at.step} of {at.max_steps}" if at.max_steps else none
     so_far = "" if now.status.has_ended else " so far"
     elapsed = "" if at.elapsed_seconds is None else f"{format_duration(at.elapsed_seconds)}{so_far}"
     left = "" if at.seconds_left is None else f"about {format_duration(at.seconds_left)} left"
@@ -91,7 +158,7 @@ def progress(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str
     )
     boxes = "".join(
         f"<div><b>{escape(number)} <small>{escape(unit)}</small></b><span>{escape(label)}</span></div>"
-        for number, unit, label in _figures(now, metrics, expected)
+        for number, unit, label in _figures(now, newest, expected)
     )
     figures = f'<div class="qz3-figures">{boxes}</div>' if boxes else ""
     return f'<div class="qz3-card">{line}{_phase_list(now)}{figures}</div>'
@@ -208,7 +275,7 @@ def _phase_list(now: Now) -> str:
     return f'<ol class="qz3-live-phases" aria-label="phases">{"".join(items)}</ol>' if items else ""
 
 
-def _figures(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
+def _figures(now: Now, newest: Latest, expected: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
     """(number, unit, what it is) of the key figures that are known."""
     found: list[tuple[str, str, str]] = []
     peak, capacity = now.step_peak_bytes, now.capacity_bytes
@@ -220,19 +287,17 @@ def _figures(now: Now, metrics: pd.DataFrame, expected: Mapping[str, Mapping[str
         found.append((*_parts(peak), label.replace("-", MINUS) if wanted else label))
     elif any(rank.peak_bytes for rank in now.ranks):
         largest = max(rank.peak_bytes or 0 for rank in now.ranks)
-        found.append((*_parts(largest), "peak so far, fullest rank"))
+        found.append((*_parts(largest), f"peak{'' if now.status.has_ended else ' so far'}, fullest rank"))
     if peak is not None and capacity is not None and now.device == "cuda":
         found.append((*_parts(capacity - peak), f"free of {format_bytes(capacity)}"))
-    loss = summarize_loss(metrics)
-    if loss.last_smoothed is not None and math.isfinite(loss.last_smoothed):
-        found.append((f"{loss.last_smoothed:.3f}", "", "loss, smoothed"))
+    if newest.smoothed_loss is not None and math.isfinite(newest.smoothed_loss):
+        found.append((f"{newest.smoothed_loss:.3f}", "", "loss, smoothed"))
     if now.step_seconds is not None:
         found.append((f"{now.step_seconds:.2f}", "s", "a step, median"))
     if now.progress.tokens_per_second:
         found.append((f"{now.progress.tokens_per_second:,.0f}", "tokens/s", "all ranks"))
-    rates = metrics["learning_rate"].dropna()
-    if len(rates):
-        found.append((f"{float(rates.iloc[-1]):.1e}".replace("e-0", "e-"), "", "learning rate"))
+    if newest.learning_rate is not None:
+        found.append((f"{newest.learning_rate:.1e}".replace("e-0", "e-"), "", "learning rate"))
     return found
 
 

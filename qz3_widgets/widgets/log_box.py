@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 
 from ..markup import escape
-from ..runs.logs import LEVELS, LogLine, read_log
+from ..runs.logs import LEVELS, LogLine, log_path, read_log
 from ..runs.store import Run
 from .panel import Later, box
 
 _MOST_BUTTONS = 16  # of ranks; more are in a drop-down
 _LINES = 200
+# What follows a log looks at its very end; who looks for something waits a moment for more of it.
+_FOLLOW_BYTES = 256 * 2**10
+_SEARCH_BYTES = 2_000_000
+# One part in so many of a core's time goes into reading what is new.
+_READ_SHARE = 100
+_MIN_READ_SECONDS = 1.0
 _GLYPHS = {"info": "", "warning": "! warn", "error": "✕ error"}
 ALL = "all"
 
@@ -48,6 +55,8 @@ class LogBox:
         self.follow = widgets.Checkbox(value=True, indent=False, description="follow")
         self.lines = widgets.HTML()
         self.lines.add_class("qz3-log-lines")
+        self._seen: Hashable = None
+        self._next_read = 0.0
         self._later = Later(self.refresh)
         self.text.observe(lambda _: self._later.request(), names="value")
         for control in (self.rank, self.level, self.follow):
@@ -59,9 +68,13 @@ class LogBox:
         """Read the log anew."""
         self._guard("log", self._show)
 
-    def refresh_if_following(self) -> None:
-        """Read it anew, unless somebody wants it to stand still."""
-        if self.follow.value:
+    def refresh_if_following(self, *, at_once: bool = False) -> None:
+        """Read it anew if there is more of it, unless somebody wants it to stand still.
+
+        Args:
+            at_once: Also if it was read a moment ago: nothing more will come.
+        """
+        if self.follow.value and (at_once or time.monotonic() >= self._next_read) and self._state() != self._seen:
             self.refresh()
 
     def state(self) -> dict[str, Any]:
@@ -77,11 +90,25 @@ class LogBox:
             self.text.value = state["text"]
 
     def _show(self) -> None:
-        found = read_log(self.run, rank=self.rank.value, level=self.level.value, text=self.text.value, num_lines=_LINES)
-        wanted = self.rank.value != ALL or self.level.value != LEVELS[0] or bool(self.text.value)
-        value = _lines(found, filtered=wanted)
+        begin, self._seen = time.thread_time(), self._state()
+        rank, level, text = self.rank.value, self.level.value, self.text.value
+        wanted = level != LEVELS[0] or bool(text)
+        most_bytes = _SEARCH_BYTES if wanted else _FOLLOW_BYTES
+        found = read_log(self.run, rank=rank, level=level, text=text, num_lines=_LINES, most_bytes=most_bytes)
+        value = _lines(found, filtered=wanted or rank != ALL)
         if self.lines.value != value:
             self.lines.value = value
+        cost = time.thread_time() - begin
+        self._next_read = time.monotonic() + max(_MIN_READ_SECONDS, _READ_SHARE * cost)
+
+    def _state(self) -> Hashable:
+        """Changes when the file that is shown does."""
+        path = log_path(self.run, self.rank.value)
+        try:
+            stat = path.stat()
+        except OSError:
+            return path.name
+        return path.name, stat.st_mtime_ns, stat.st_size
 
 
 def _lines(found: Sequence[LogLine], *, filtered: bool) -> str:

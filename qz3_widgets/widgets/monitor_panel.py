@@ -28,7 +28,7 @@ from . import background
 from .keep import free_path, keep_figures
 from .live import LiveRun
 from .panel import Ask, Panel, box, button, handler, region, set_children, set_html, show
-from .plan_html import change_words
+from .plan_html import change_options, change_words
 
 _LOOK_SECONDS = 2.0
 _MOST_IN_LIST = 200
@@ -71,11 +71,11 @@ class MonitorPanel(Panel):
         self.choice.observe(self._choose, names="value")
         self.stop_button = Ask("Stop", "Stop this run?", self.stop)
         self.resume_button = button("Resume", self.resume, tooltip="Go on from its newest checkpoint")
+        self.explain_button = button("Explain", self.explain, tooltip="Unfold the log around the failure")
         self.export_button = button("Export HTML", self.export, tooltip="One file that needs nothing else")
         self.figures_button = button("Save figures", self.save_figures, tooltip="Each figure as SVG, PNG and CSV")
-        actions = box(
-            [self.resume_button, self.figures_button, self.export_button, self.stop_button], "monitor-actions"
-        )
+        buttons = [self.explain_button, self.resume_button, self.figures_button, self.export_button, self.stop_button]
+        actions = box(buttons, "monitor-actions")
         actions.add_class("qz3-push")
         self.head = box([self.choice, actions], "monitor-head")
         self.said = region("said")
@@ -86,9 +86,7 @@ class MonitorPanel(Panel):
         self.post_mortem = box([self.changes_title, self.changes], "monitor-post-mortem", kind="column")
         self.post_mortem.add_class("qz3-card")
         self.truth = region("truth")
-        super().__init__(
-            [self.head, self.said, self.empty, self.post_mortem, self.view, self.truth], name="monitor", nested=nested
-        )
+        super().__init__([self.head, self.said, self.empty, self.view, self.truth], name="monitor", nested=nested)
         show(self.post_mortem, shown=False)
         self.look()
         newest = next(iter(self.choice.options), None)
@@ -107,9 +105,11 @@ class MonitorPanel(Panel):
             raise ValueError(f"{run.run_id} is gone: its directory {run.layout.root} was deleted or moved")
         before, self.live = self.live, None
         if before is not None:
+            before.after_cause.children = ()  # which is ours, and not closed with it
             before.close()
         self.run = run
         self.live = LiveRun(run, nested=True)
+        self.live.after_cause.children = (self.post_mortem,)
         self.live.log_box.selected_index = 0
         self.view.children = (self.live,)
         self._explained = None
@@ -145,6 +145,12 @@ class MonitorPanel(Panel):
 
         self._stopping = threading.Thread(target=work, name="qz3-stop", daemon=True)
         self._stopping.start()
+
+    @handler("explain the failure")
+    def explain(self) -> None:
+        """Unfold the log around the failure."""
+        if self.live is not None:
+            self.live.explain()
 
     @handler("go on with the run")
     def resume(self) -> None:
@@ -229,6 +235,7 @@ class MonitorPanel(Panel):
             return
         status = run.status
         show(self.stop_button, shown=not status.has_ended)
+        show(self.explain_button, shown=status.state in ("failed", "lost"))
         show(self.resume_button, shown=status.has_ended and status.state != "succeeded" and _can_resume(run))
         if self._explained != (run.run_id, status.state):
             self._explained = (run.run_id, status.state)
@@ -270,6 +277,8 @@ class MonitorPanel(Panel):
         if fits and self._on_apply is not None:
             tip = "Edit this run's configuration with the change; nothing is started"
             parts.append(button("Apply", lambda: self.apply(config, advice.change), kind="primary", tooltip=tip))
+        elif fits:
+            parts.append(widgets.HTML(f"<code>{escape(change_options(advice.change))}</code>"))
         return box(parts, "monitor-change")
 
     def _say_written(self, *paths: Path) -> None:

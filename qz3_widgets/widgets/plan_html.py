@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 
 from ..markup import Cell, escape, note, table
@@ -72,6 +73,12 @@ def file_text(text: str, new: Collection[int]) -> str:
 def change_words(change: Mapping[str, object]) -> str:
     """A change as a button says it: names without their sections."""
     return ", ".join(f"{path.rpartition('.')[2]} {_word(value)}" for path, value in change.items())
+
+
+def change_options(change: Mapping[str, object]) -> str:
+    """A change as the command takes it."""
+    words = (f"{path}={'null' if value is None else _word(value)}" for path, value in change.items())
+    return " ".join(f"--set {shlex.quote(word)}" for word in words)
 
 
 def _word(value: object) -> str:

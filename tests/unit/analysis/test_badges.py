@@ -68,7 +68,16 @@ def test_what_is_still_to_be_seen_says_so() -> None:
 
 def test_what_does_not_apply_is_no_failure() -> None:
     skipped = dict.fromkeys(("released", "statistics", "persistent"), "skipped")
-    assert badges(proof(**skipped))[2].level == "info"
+    badge = badges(proof(**skipped))[2]
+    assert (badge.title, badge.level) == ("Release: does not apply", "info")
+
+
+def test_what_was_not_seen_to_the_end_stays_unknown(runs_dir: Path) -> None:
+    assert badges(proof(released="unknown"), ended=True)[2] == Badge(
+        "Release: not known", "info", "Never seen: the released of it."
+    )
+    run = Run(make_run(runs_dir, run_id="a-1", state="failed"))
+    assert {badge.reason for badge in badges(run, ended=True)} == {"It ended before a rank had told."}
 
 
 def test_a_run_without_probes_has_nothing_to_tell_yet(runs_dir: Path) -> None:

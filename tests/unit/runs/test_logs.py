@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qz3_widgets.runs import logs
 from qz3_widgets.runs.layout import RunLayout
 from qz3_widgets.runs.logs import read_log
 from qz3_widgets.runs.store import Run
@@ -14,7 +15,8 @@ def run(tmp_path: Path) -> Run:
     layout = RunLayout(tmp_path / "a-1")
     layout.make_folders()
     layout.launcher_log.write_text(
-        "starting\n[rank 0] step 1 of 6: loss 2.1\n[rank 1] UserWarning: slow\n[rank 0] Traceback (most recent call last):\n"
+        "starting\n[rank 0] step 1 of 6: loss 2.1\n[rank 1] UserWarning: slow\n"
+        "[rank 0] Traceback (most recent call last):\n"
         '[rank 1] step 1\n[rank 0]   File "x.py", line 3\n[rank 0] ValueError: no\n[rank 0] after\n'
     )
     layout.rank_log(1).write_text("\n10%|#\r 50%|###\r100%|#####\r\nFailed to load a kernel\nlast line without an end")
@@ -38,7 +40,7 @@ def test_a_traceback_is_an_error_to_its_end_also_among_other_ranks_lines(run: Ru
         (0, '  File "x.py", line 3'),
         (0, "ValueError: no"),
     ]
-    assert [line.text for line in read_log(run, level="warning")][0] == "UserWarning: slow"
+    assert read_log(run, level="warning")[0].text == "UserWarning: slow"
 
 
 def test_one_rank_has_its_own_log_and_bars_their_last_state(run: Run) -> None:
@@ -68,6 +70,12 @@ def test_secrets_are_redacted_and_what_is_not_text_is_shown_somehow(run: Run) ->
     lines = read_log(run)
     assert "hf_abcdefghijklmnop" not in lines[0].text
     assert "binary" in lines[1].text
+
+
+def test_only_what_is_given_is_redacted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(logs, "redact", lambda text: seen.append(text) or text)
+    assert len(read_log(run, num_lines=2)) == len(seen) == 2
 
 
 def test_without_a_log_there_are_no_lines(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qz3_widgets.widgets import follow, live
+from qz3_widgets.widgets import follow, live, log_box
 from qz3_widgets.widgets.live import LiveRun
 
 Show = Callable[[Path], LiveRun]
@@ -19,6 +19,8 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Iterator[Show]:
     monkeypatch.setattr(live, "POLL_SECONDS", 3600.0)
     monkeypatch.setattr(live, "_DRAW_SHARE", 0)
     monkeypatch.setattr(live, "_MIN_DRAW_SECONDS", 0)
+    monkeypatch.setattr(log_box, "_READ_SHARE", 0)
+    monkeypatch.setattr(log_box, "_MIN_READ_SECONDS", 0)
     monkeypatch.setattr(follow, "_READ_SHARE", 0)
     monkeypatch.setattr(follow, "_SURVEY_SHARE", 0)
     monkeypatch.setattr(follow, "_STATUS_SHARE", 0)

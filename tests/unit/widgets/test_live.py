@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from qz3_widgets.analysis.loss import summarize_loss
 from qz3_widgets.runs.files import write_json_atomic
 from qz3_widgets.runs.layout import RunLayout
-from qz3_widgets.runs.store import RunNotFound
-from qz3_widgets.widgets import live
+from qz3_widgets.runs.store import Run, RunNotFound
+from qz3_widgets.widgets import live, log_box
+from qz3_widgets.widgets import live_html as html
 from qz3_widgets.widgets.live import LiveRun, watch
 from tests.fake_runs import MIB, make_run
 from tests.ui.running import RunningRun
@@ -151,8 +153,15 @@ def test_a_failed_run_has_its_cause_on_top(tmp_path: Path, show: Show) -> None:
     assert "RuntimeError: boom <b>" in cause
     assert "<b>" not in view.cause.value
     assert "abcdefghij" not in view.cause.value
-    assert "The end of the log of rank 1" in cause
+    assert "rank-00001.log:4 RuntimeError: boom" in cause
+    assert "The log of rank 1 around it" in cause
     assert "Traceback (most recent call last)" in cause
+    assert "<details>" in view.cause.value
+    view.explain()
+    assert '<details open data-asked="1">' in view.cause.value
+    before = view.cause.value
+    view.explain()  # folded by hand meanwhile
+    assert view.cause.value != before
     children = list(view.children)
     assert children.index(view.cause) < children.index(view.progress) < children.index(view.figure_row)
     assert "✕ failed" in text_of(view.head.value)
@@ -165,6 +174,19 @@ def test_a_failure_without_a_log(tmp_path: Path, show: Show) -> None:
     cause = text_of(show(root).cause.value)
     assert "killed by SIGKILL" in cause
     assert "The end of" not in cause
+
+
+def test_an_error_long_before_the_end_is_not_taken_for_the_cause(tmp_path: Path, show: Show) -> None:
+    root = make_run(tmp_path, state="failed", failed_rank=1)
+    run = Run(root)
+    run.layout.rank_log(1).write_text("SomeError: early\n" + "a line\n" * 100)
+    run.layout.launcher_log.write_text("[rank 0] ValueError: of another rank\n")
+    assert "The end of the log of rank 1" in text_of(show(root).cause.value)
+    assert "early" not in text_of(show(root).cause.value)
+    run.layout.launcher_log.write_text("x\nrank 1 was killed by SIGKILL\n" + "[rank 0] ended\n" * 100)
+    cause = text_of(show(root).cause.value)
+    assert "launcher.log:2 rank 1 was killed by SIGKILL" in cause
+    assert "The launcher's log around it" in cause
 
 
 def test_a_run_that_failed_while_it_loaded(tmp_path: Path, show: Show) -> None:
@@ -231,6 +253,36 @@ def test_what_can_not_be_drawn_is_said_and_the_rest_goes_on(
     assert view.error.value == ""
     assert is_hidden(view, "error")
     assert "<svg" in view.memory.value
+
+
+def test_a_look_at_what_is_new_that_fails_is_said_and_the_view_goes_on(
+    tmp_path: Path, show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = show(RunningRun(tmp_path).layout.root)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("provoked")
+
+    monkeypatch.setattr(view._figures[0], "seen", broken)
+    assert not view.refresh()
+    assert "could not show the figures: RuntimeError: provoked" in text_of(view.error.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(log_box, "read_log", broken)
+    view.log_box.selected_index = 0
+    view.log_lines.level.value = "error"
+    assert "could not show the log: RuntimeError: provoked" in text_of(view.error.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(view, "_draw_now", broken)
+    view.rank_choice.value = 1
+    assert "could not show the rank filter: RuntimeError: provoked" in text_of(view.error.value)
+
+
+def test_the_newest_figures_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    metrics = Run(make_run(tmp_path, num_steps=1500, attempts=2, eval_steps=50, world_size=1)).metrics()
+    newest, whole = html.latest(metrics), summarize_loss(metrics)
+    assert newest.smoothed_loss == pytest.approx(whole.last_smoothed, rel=1e-9)
+    assert newest.learning_rate == metrics["learning_rate"].dropna().iloc[-1]
+    assert html.latest(metrics.iloc[:0]) == html.Latest()
 
 
 def test_a_view_that_can_not_read_says_so_and_tries_again(tmp_path: Path, show: Show) -> None:

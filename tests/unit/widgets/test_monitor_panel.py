@@ -13,7 +13,7 @@ from qz3_widgets.plan.plan import make_plan
 from qz3_widgets.runs.files import write_json_atomic
 from qz3_widgets.runs.store import Run
 from qz3_widgets.units import GIB
-from qz3_widgets.widgets import live, monitor_panel
+from qz3_widgets.widgets import live, log_box, monitor_panel
 from qz3_widgets.widgets.log_box import LogBox
 from qz3_widgets.widgets.monitor_panel import MonitorPanel
 from tests.fake_runs import make_run
@@ -171,6 +171,35 @@ def test_what_did_not_fit_has_the_smallest_changes_that_would(make: Make, runs_d
     assert panel.failures == ()
 
 
+def test_a_change_without_anybody_to_take_it_can_be_copied(make: Make, runs_dir: Path) -> None:
+    changes = {"model": {"name_or_path": "random:llama-3.1-405b", "load_strategy": "stock"}}
+    folder = make_run(runs_dir, run_id="big-1", state="failed", fail_phase="load", world_size=8, config=changes)
+    run = Run(folder)
+    plan = {**make_plan(run.config).to_json(), "device": "cuda", "device_capacity_bytes": 80 * GIB}
+    write_json_atomic(run.layout.plan_json, plan)
+    row = make().changes.children[0]
+    assert "--set model.load_strategy=sharded" in text_of(row.children[2].value)
+
+
+def test_a_failure_is_explained_below_its_cause_and_other_runs_go_without(make: Make, runs_dir: Path) -> None:
+    make_run(runs_dir, run_id="a-1", num_steps=2)
+    make_run(runs_dir, run_id="b-1", state="failed", error="ValueError: no", num_steps=2)
+    panel = make(Run(runs_dir / "a-1"))
+    assert panel.explain_button.layout.display == "none"
+    panel.choice.value = "b-1"
+    assert panel.explain_button.layout.display is None
+    assert panel.live is not None
+    above = list(panel.live.children)
+    assert above.index(panel.live.cause) + 1 == above.index(panel.live.after_cause)
+    assert panel.live.after_cause.children == (panel.post_mortem,)
+    panel.explain_button.click()
+    assert "<details open" in panel.live.cause.value
+    panel.choice.value = "a-1"
+    panel.choice.value = "b-1"
+    assert panel.post_mortem.comm is not None  # not closed with the views before
+    assert panel.live.after_cause.children == (panel.post_mortem,)
+
+
 def test_what_is_kept_goes_beside_the_runs(make: Make, runs_dir: Path) -> None:
     make_run(runs_dir, run_id="a-1", num_steps=4)
     panel = make()
@@ -222,18 +251,20 @@ def test_each_handler_shows_its_fault(make: Make, runs_dir: Path, monkeypatch: p
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("provoked")
 
+    assert panel.live is not None
+    monkeypatch.setattr(panel.live, "explain", fail)
     for name in ("export_html", "keep_figures", "resume", "stop", "LiveRun"):
         monkeypatch.setattr(monitor_panel, name, fail)
     monkeypatch.setattr(panel, "_look", fail)
     assert panel.run is not None
-    for attempt in (panel.export, panel.save_figures, panel.resume, panel.look):
+    for attempt in (panel.export, panel.save_figures, panel.resume, panel.look, panel.explain):
         assert attempt() is False
     assert not panel.apply(panel.run.config, {})
     assert not panel.show_run(Run(make_run(runs_dir, run_id="b-1", num_steps=2)))
     panel.stop()
     assert panel._stopping is not None
     panel._stopping.join(20)
-    assert len(panel.failures) == 7
+    assert len(panel.failures) == 8
 
 
 @pytest.fixture
@@ -260,6 +291,29 @@ def test_the_log_is_filtered_by_rank_level_and_text(log: LogBox) -> None:
     log.level.value, log.text.value = "info", ""
     log._later.flush()
     assert "only of rank 1" in log.lines.value
+
+
+def test_a_log_is_read_again_when_there_is_more_of_it_and_not_too_often(
+    log: LogBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(log_box, "read_log", lambda *args, **kwargs: read.append(kwargs["most_bytes"]) or [])
+    log._next_read = 0.0
+    log.refresh_if_following()
+    assert read == []
+    with log.run.layout.launcher_log.open("a") as file:
+        file.write("more\n")
+    log.refresh_if_following()
+    assert len(read) == 1
+    with log.run.layout.launcher_log.open("a") as file:
+        file.write("more\n")
+    log.refresh_if_following()  # a moment ago
+    assert len(read) == 1
+    log.refresh_if_following(at_once=True)
+    assert len(read) == 2
+    log.text.value = "more"
+    log._later.flush()
+    assert read[-1] > read[0]  # who looks for something looks further back
 
 
 def test_a_log_that_is_read_stands_still(log: LogBox) -> None:
