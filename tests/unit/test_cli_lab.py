@@ -83,8 +83,10 @@ def test_what_stands_after_two_dashes_goes_to_jupyter(served: list[tuple[list[st
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_whatever_ends_the_command_ends_the_server(tmp_path: Path, asked: signal.Signals) -> None:
+    # Tests may run where signals are ignored, as under nohup, and what is ignored stays so.
     code = (
-        "import sys; from pathlib import Path; from qz3_widgets.cli_lab import _serve; "
+        "import signal, sys; from pathlib import Path; from qz3_widgets.cli_lab import _serve; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         f"sys.exit(_serve([sys.executable, '-c', {SERVER!r}, {str(tmp_path)!r}], Path('runs')))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -100,8 +102,9 @@ def test_whatever_ends_the_command_ends_the_server(tmp_path: Path, asked: signal
 
 
 def test_a_server_that_ends_by_itself_tells_how(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     assert cli_lab._serve([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_app_serves_the_workbench_and_nothing_of_its_source(served: list[tuple[list[str], Path]]) -> None:
