@@ -85,8 +85,7 @@ def _show_bars(found: Prospect, console: Console) -> None:
     decimals = 1 if unit == "GiB" else 0
     head = f"{'phase':<6} 0{' ' * (_BAR - 2 - len(f'{scale / size:.0f}'))} {scale / size:.0f}▕"
     console.print(f"{head}  peak {unit}  settled {unit}  free {unit}", highlight=False, soft_wrap=True, style="bold")
-    for name in PHASES:
-        phase = phases[name]
+    for name, phase in phases.items():
         free = None if capacity is None else capacity - phase.peak_bytes - found.machine.overhead.fixed_bytes
         colour = "red" if free is not None and free < 0 else "blue"
         cells = f"{phase.peak_bytes / size:>9.{decimals}f}  {phase.settled_bytes / size:>11.{decimals}f}"
@@ -104,25 +103,25 @@ def _show_components(found: Prospect, console: Console) -> None:
     unit, size = pick_unit(found.fit.forecast.peak_bytes)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(f"what takes it at the peak, {unit}")
-    for name in PHASES:
+    for name in phases:
         table.add_column(name, justify="right")
     floor = found.fit.forecast.peak_bytes / 2000
     small: dict[str, float] = {}
     for component, label in LABELS.items():
-        sizes = [phases[name].peak.get(component, 0) for name in PHASES]
+        sizes = [phase.peak.get(component, 0) for phase in phases.values()]
         if max(sizes) >= floor:
             table.add_row(label, *(_cell(each, size) for each in sizes))
         elif any(sizes):
             small[component] = max(sizes)
     if small:
-        rest = [sum(phases[name].peak.get(component, 0) for component in small) for name in PHASES]
+        rest = [sum(phase.peak.get(component, 0) for component in small) for phase in phases.values()]
         table.add_row("the rest", *(_cell(each, size) for each in rest))
-    table.add_row("[bold]total[/]", *(f"[bold]{phases[name].peak_bytes / size:.2f}[/]" for name in PHASES))
+    table.add_row("[bold]total[/]", *(f"[bold]{phase.peak_bytes / size:.2f}[/]" for phase in phases.values()))
     console.print()
     show_table(table, console)
-    for name in PHASES:
+    for name, phase in phases.items():
         console.print(
-            f"  {name}: fullest as {escape(phases[name].moment)}", style="dim", highlight=False, soft_wrap=True
+            f"  {name}: fullest as {escape(phase.moment)}", style="dim", highlight=False, soft_wrap=True
         )
 
 

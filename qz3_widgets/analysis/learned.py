@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plan.overhead import ASSUMED_BAND, Overhead, assumed
 from ..runs.store import Run, list_runs
-from .memory import peaks
+from .memory import MAIN_PHASES, peaks
 from .truth import compare_with_expected
 
 _MOST_RUNS = 20
@@ -48,7 +48,9 @@ def learn(runs_dir: Path, device: Literal["cpu", "cuda"], num_ranks: int) -> Ove
     basis = f"{told}{'' if enough else '; the band is assumed'}"
     if device == "cpu" or not context:
         return Overhead(start.context_bytes, start.nccl_bytes, start.fragmentation, band, basis)
-    return Overhead(int(np.median(context)), 0, float(np.median(fragmentation)), band, basis)
+    # What is reserved is cached as long as there is room for it: not all of it would be missed.
+    needed = min([start.fragmentation, *([float(np.median(fragmentation))] if fragmentation else [])])
+    return Overhead(int(np.median(context)), 0, needed, band, basis)
 
 
 def _of_run(run: Run, device: str) -> dict[str, list[float]] | None:
@@ -62,14 +64,19 @@ def _of_run(run: Run, device: str) -> dict[str, list[float]] | None:
     compared = compare_with_expected(run, table)
     found: dict[str, list[float]] = {"context": [], "fragmentation": [], "residuals": []}
     if compared is not None:
-        found["residuals"] = [float(row["relative"]) for row in compared["rows"] if row["figure"] == "peak_bytes"]
+        found["residuals"] = [
+            float(row["relative"])
+            for row in compared["rows"]
+            if row["figure"] == "peak_bytes" and row["phase"] in MAIN_PHASES
+        ]
     if device == "cuda":
         devices = [str(header.get("device")) for header in trace.headers.values()]
         alone = len(set(devices)) == len(devices)
         for _, row in table.iterrows():
             peak, reserved = _number(row["peak_bytes"]), _number(row["reserved_peak_bytes"])
-            if str(row["phase"]) == "step" and peak and reserved:
-                found["fragmentation"].append(max(0.0, reserved / peak - 1))
+            settled = _number(row["settled_bytes"])
+            if str(row["phase"]) == "step" and peak and reserved and settled is not None and peak > settled:
+                found["fragmentation"].append(max(0.0, (reserved - peak) / (peak - settled)))
             used = _number(row["device_peak_bytes"])
             if str(row["phase"]) == "ready" and alone and used and reserved:
                 found["context"].append(max(0.0, used - reserved))

@@ -51,7 +51,8 @@ def _fits(peak: int, summary: Mapping[str, Any]) -> str:
     size = next((size for size in GPU_GIB if size * GIB >= needed), None)
     if size is None:
         return f"fits no GPU of up to {GPU_GIB[-1]} GiB"
-    narrow = size * GIB - needed < peak * max(overhead.band, overhead.fragmentation)
+    stays = [rank["phases"].get("step", {}).get("settled_bytes") or 0 for rank in summary["ranks"]]
+    narrow = size * GIB - needed < max(peak * overhead.band, (peak - min(stays)) * overhead.fragmentation)
     return f"fits GPUs of {size} GiB{', narrowly' if narrow else ''}"
 
 

@@ -73,7 +73,7 @@ def _rows(expected: Mapping[str, Any], table: pd.DataFrame) -> Iterable[dict[str
         if phase is None:
             continue
         for figure in FIGURES:
-            if pd.isna(row[figure]):
+            if pd.isna(row[figure]) or not _is_compared(row["phase"], figure):
                 continue
             measured, wanted = int(row[figure]), int(phase[figure])
             difference = measured - wanted
@@ -91,8 +91,13 @@ def _rows(expected: Mapping[str, Any], table: pd.DataFrame) -> Iterable[dict[str
 
 
 def _may_be_less(phase: Any, figure: str) -> bool:
-    """Real examples are shorter than the longest that are allowed, and a step takes less with them."""
-    return str(phase) == "step" and figure == "peak_bytes"
+    """Real examples are shorter than the longest that are allowed, and need less; of saving, rank 0 has the most."""
+    return str(phase) in ("step", "eval", "save") and figure == "peak_bytes"
+
+
+def _is_compared(phase: Any, figure: str) -> bool:
+    """What is left of a saved adapter on a CPU depends on when Python collects its garbage."""
+    return (str(phase), figure) != ("save", "settled_bytes")
 
 
 def _resembles(expected: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -87,6 +87,8 @@ def _savers(config: RunConfig, found: Fit) -> Iterator[tuple[dict[str, Any], str
         leaks |= {f"zero.{name}": True for name in ("release_gathered", "shard_statistics") if not getattr(zero, name)}
         if leaks:
             yield leaks, "4-bit weights are sharded as they load, and let go within the step"
+    if training.per_device_eval_batch_size > 1 and "eval" in found.forecast.phases:
+        yield {"training.per_device_eval_batch_size": 1}, "fewer sequences at once in an evaluation, which takes longer"
     if zero.zero_stage < 3 and config.quantization.load_in_4bit and config.launch.num_processes > 1:
         yield (
             {"zero.zero_stage": 3, "model.load_strategy": "auto"},

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..config.changes import with_changes
 from ..config.schema import RunConfig
 from .memory import Forecast, forecast
-from .overhead import Overhead, assumed
+from .overhead import ASSUMED_NCCL_ALONE_BYTES, Overhead, assumed
 from .shapes import ModelShape
 
 MOST_TOKENS = 2**20
@@ -64,8 +64,9 @@ class Fit:
         """Whether it fits, but not with the band of the prediction and a cache that is fragmented."""
         if self.free_bytes is None or not self.fits:
             return False
-        overhead = self.machine.overhead
-        return self.free_bytes < self.forecast.peak_bytes * max(overhead.band, overhead.fragmentation)
+        overhead, fullest = self.machine.overhead, self.forecast.phases[self.forecast.fullest]
+        comes_and_goes = fullest.peak_bytes - fullest.settled_bytes
+        return self.free_bytes < max(fullest.peak_bytes * overhead.band, comes_and_goes * overhead.fragmentation)
 
     def phase_fits(self, phase: str) -> bool:
         """Whether the peak of one phase fits."""
@@ -121,7 +122,8 @@ def fewest_ranks(config: RunConfig, shape: ModelShape, machine: Machine) -> int 
         return 1 if fit(config, shape, machine, 1).fits else None
 
     def fits(number: int) -> bool:
-        overhead = machine.overhead if number > 1 else replace(machine.overhead, nccl_bytes=0)
+        alone = min(machine.overhead.nccl_bytes, ASSUMED_NCCL_ALONE_BYTES)
+        overhead = machine.overhead if number > 1 else replace(machine.overhead, nccl_bytes=alone)
         return fit(config, shape, replace(machine, overhead=overhead), number).fits
 
     if not fits(MOST_RANKS):

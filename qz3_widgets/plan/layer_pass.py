@@ -14,6 +14,9 @@ from .shapes import Block, Weight
 from .state import Setting
 from .tape import Tape
 
+LOSS_TOKENS, LOSS_WORDS = 4096, 32768
+"""Logits that exist at once: TRL's tile of tokens by vocabulary (``trl/kernels/chunked_logprob.py``)."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -86,6 +89,8 @@ class LayerPass:
         self._r = setting.config.lora.r
         self._scaled = setting.config.lora.lora_alpha != setting.config.lora.r
         self._anatomy = Anatomy.of(setting, block)
+        fused = sorted((each.numel for each in block.weights if len(each.shape) == 3), reverse=True)
+        self._updated = tuple(fused) if setting.adapts_experts else ()  # gate and up, down
         self._facts = setting.shape
         hidden = setting.shape.fact("hidden_size")
         self._h = hidden
@@ -127,8 +132,10 @@ class LayerPass:
         tape.take("residual", t * self._h * e)
         tape.give("attention out")
         self._norm("norm 2", saves)
-        if parts.expert_width:
-            self._experts(saves)
+        if parts.expert_width and saves:
+            self._experts()
+        elif parts.expert_width:
+            self._experts_in_turn()
         else:
             self._gated(saves)
         if parts.norms_after:
@@ -159,7 +166,30 @@ class LayerPass:
                 tape.take("saved product", t * width * e)
         tape.give("product")
 
-    def _experts(self, saves: bool) -> None:
+    def _experts_in_turn(self) -> None:
+        """As :meth:`_experts`, each piece gone when it has been used; adapted ones with the update and the sum."""
+        tape, e, width = self._tape, self._e, self._anatomy.expert_width
+        rows = self._t * max(1, self._facts.fact("num_experts_per_tok"))
+        first, second = (*self._updated, 0, 0)[:2]
+        tape.take("rows", rows * self._h * e)
+        self._update_experts(first)
+        tape.take("gate and up", rows * 2 * width * e)
+        tape.give("updated experts")
+        tape.take("activated", rows * width * e)
+        tape.take("product", rows * width * e)
+        tape.give("activated")
+        self._update_experts(second)
+        tape.take("rows out", rows * self._h * e)
+        tape.take("hidden", self._t * self._h * e)
+        tape.give("updated experts", "rows", "gate and up", "product", "rows out", "norm 2")
+
+    def _update_experts(self, numel: int) -> None:
+        """PEFT makes the update of adapted experts as a weight, and adds it to the frozen one."""
+        self._tape.take("updated experts", 2 * numel * self._e)
+        self._tape.give("updated experts")
+        self._tape.take("updated experts", numel * self._e)
+
+    def _experts(self) -> None:
         """Fused experts: rows of tokens as often as each is sent to one; frozen, in 16 bit."""
         tape, e, width = self._tape, self._e, self._anatomy.expert_width
         rows = self._t * max(1, self._facts.fact("num_experts_per_tok"))
@@ -169,10 +199,9 @@ class LayerPass:
         tape.take("product", rows * width * e)
         tape.take("rows out", rows * self._h * e)
         tape.take("hidden", self._t * self._h * e)
-        if saves:
-            tape.give("rows", "gate and up", "activated", "product", "rows out")
-            tape.take("saved experts", rows * (3 * width + self._h) * e)
-        tape.give("rows", "gate and up", "activated", "product", "rows out", "norm 2")
+        tape.give("rows", "gate and up", "activated", "product", "rows out")
+        tape.take("saved experts", rows * (3 * width + self._h) * e)
+        tape.give("norm 2")
 
     def backward(self) -> None:
         """From the gradient of the output, held as ``gradient``, to that of the input; after a recomputation."""
@@ -301,11 +330,12 @@ class LayerPass:
             return
         tape.take("saved low rank" if saves else "low rank", t * self._r * e)
         tape.take("update", t * linear.outputs * e)
+        tape.give("low rank")
         if self._scaled:
             tape.take("scaled update", t * linear.outputs * e)
             tape.give("update")
         tape.take("sum", t * linear.outputs * e)
-        tape.give("update", "scaled update", "low rank", "sum")  # the sum stands for the product from here on
+        tape.give("update", "scaled update", "sum")  # the sum stands for the product from here on
 
     def _linear_backward(self, name: str, linear: Linear, input_name: str = "") -> None:
         """To the gradient of the input, ``name``: the adapter's way first, then through the frozen weight."""
@@ -333,3 +363,13 @@ def saved_by_a_layer(setting: Setting, block: Block, tokens: int) -> int:
     layer = LayerPass(setting, block, tape, tokens)
     layer.forward(saves=True)
     return math.ceil(sum(size for name, size in tape.held.items() if name.startswith("saved")))
+
+
+def rotary_bytes(setting: Setting, tokens: int) -> int:
+    """Cosines and sines of so many places, which every layer reads."""
+    return 2 * setting.sizes.rounded(tokens * setting.shape.fact("head_dim") * setting.compute_bytes)
+
+
+def tile_of_logits(setting: Setting, tokens: int) -> int:
+    """The only logits that the fused loss has at once, of so many tokens at most."""
+    return setting.sizes.rounded(min(tokens, LOSS_TOKENS) * LOSS_WORDS * setting.compute_bytes)

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config.schema import RunConfig
-from .layer_pass import LayerPass, saved_by_a_layer
+from .between_steps import after_an_evaluation, after_training, evaluates, evaluation_moments, saving_moments
+from .gathering import DEQUANTIZED, both_embeddings, gathered, head_bytes, retained, updated_experts, whole_layer
+from .layer_pass import LayerPass, rotary_bytes, saved_by_a_layer, tile_of_logits
 from .load_peak import load_peak
-from .shapes import Block, ModelShape, Weight
+from .shapes import Block, ModelShape
 from .sizes import Sizes
 from .state import Components, Setting, after_a_step, loaded, parts_of, ready, reduce_bucket_bytes
 from .tape import Tape
 
 PHASES = ("load", "ready", "step")
-
-LOSS_TOKENS, LOSS_WORDS = 4096, 32768
-"""Logits that exist at once: TRL's tile of tokens by vocabulary (``trl/kernels/chunked_logprob.py``)."""
 
 JOINED_GRADIENTS = 20_000_000
 """Elements of gradients that are reduced at once (``training.sharding.gradients``)."""
@@ -113,8 +112,6 @@ LABELS: Mapping[str, str] = {
 }
 """Component to what it is called; in the order in which they are shown."""
 
-_DEQUANTIZED = ("dequantized", "packed copy", "scales copy", "scales")
-
 
 def forecast(
     config: RunConfig,
@@ -135,18 +132,23 @@ def forecast(
     """
     setting = Setting(config, shape, Sizes.of(config, device, world_size))
     start, engine, stepped = loaded(setting), ready(setting), after_a_step(setting)
-    moments = step_moments(setting, stepped, offloads=offloads_activations(setting, capacity_bytes))
-    fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
-    loading, load_moment = load_peak(setting, start)
-    ready_peak, ready_moment = _ready_peak(setting, start, engine)
-    return Forecast(
-        phases={
-            "load": PhaseForecast(start, loading, load_moment),
-            "ready": PhaseForecast(engine, ready_peak, ready_moment),
-            "step": PhaseForecast(stepped, moments[fullest], fullest),
-        },
-        num_ranks=world_size,
-    )
+    offloads = offloads_activations(setting, capacity_bytes)
+    phases = {
+        "load": PhaseForecast(start, *load_peak(setting, start)),
+        "ready": PhaseForecast(engine, *_ready_peak(setting, start, engine)),
+        "step": PhaseForecast(stepped, *fullest(step_moments(setting, stepped, offloads=offloads))),
+    }
+    if evaluates(config):
+        evaluated = after_an_evaluation(setting, stepped)
+        phases["eval"] = PhaseForecast(evaluated, *fullest(evaluation_moments(setting, stepped)))
+    phases["save"] = PhaseForecast(after_training(stepped), *fullest(saving_moments(setting, stepped)))
+    return Forecast(phases, world_size)
+
+
+def fullest(moments: Mapping[str, Components]) -> tuple[Components, str]:
+    """The moment that holds most, and its name."""
+    name = max(moments, key=lambda each: sum(moments[each].values()))
+    return moments[name], name
 
 
 def offloads_activations(setting: Setting, capacity_bytes: int | None) -> bool:
@@ -199,8 +201,7 @@ def _ready_peak(setting: Setting, start: Components, engine: Components) -> tupl
         layer = max(_side_by_side(setting, block) for block in setting.shape.blocks)
         laid = {**stands, "adapter": stands["adapter"] - whole, "loading": layer}
         moments["a layer's parts are laid side by side"] = laid
-    fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return moments[fullest], fullest
+    return fullest(moments)
 
 
 def _side_by_side(setting: Setting, block: Block) -> int:
@@ -244,59 +245,14 @@ def _activations(setting: Setting, *, offloads: bool, num_layers: int | None = N
         # Offloaded ones come back one ahead: the one in use and the next.
         wanted = setting.shape.num_layers if num_layers is None else num_layers
         total = hidden * (min(3, wanted) if offloads else wanted)
-    shared = 2 * sizes.rounded(tokens * setting.shape.fact("head_dim") * width) + 3 * sizes.rounded(tokens * 8)
-    return total + shared
-
-
-def whole_layer(setting: Setting, block: Block) -> int:
-    """A layer's frozen parameters while they are gathered: all ranks' parts, padding included."""
-    if setting.num_ranks == 1 or not setting.zero3:
-        return 0
-    parts = sum(
-        size
-        for weight in block.weights
-        if not (setting.persists(weight) and not weight.quantized)
-        for size in parts_of(setting, weight).values()
-    )
-    return setting.sizes.rounded(setting.num_ranks * parts)
-
-
-def _gathered(setting: Setting, block: Block) -> Components:
-    """The layer at work, the next one ahead, and copies of what is not ours to read in place."""
-    if not setting.zero3:
-        return {}
-    whole = whole_layer(setting, block)
-    ahead = setting.config.zero.overlap_comm and setting.config.zero.stage3_prefetch_bucket_size != 0
-    if not setting.lets_go:
-        ahead = False  # what it would bring is there already
-    found: Components = {"gathered_layers": whole * (2 if ahead and setting.shape.num_layers > 1 else 1)}
-    if setting.copies_gathered:
-        found["on_the_way"] = whole
-    if setting.fused and setting.num_ranks > 1:
-        foreign = [each for each in block.weights if not each.quantized and not setting.persists(each)]
-        found["gathered_layers"] += sum(
-            setting.sizes.rounded(each.numel * setting.sizes.dtype_bytes) for each in foreign
-        )
-    if not setting.lets_go:
-        found["retained_layers"] = _retained(setting)
-        found["embeddings"] = head_bytes(setting, setting.shape.head)
-    return found
+    return total + rotary_bytes(setting, tokens) + 3 * sizes.rounded(tokens * 8)
 
 
 def _as_gradients_are_reduced(setting: Setting, stepped: Components) -> Components:
     """As released: at the end of the backward both embeddings are whole, and what was not let go is still there."""
-    embeddings = _both_embeddings(setting, of_one_rank=True)
+    embeddings = both_embeddings(setting, of_one_rank=True)
     bucket = {"gradients": stepped.get("gradients", 0) + 2 * stepped.get("reduce_bucket", 0)}
-    return {**stepped, **bucket, "embeddings": embeddings, "retained_layers": _retained(setting)}
-
-
-def _both_embeddings(setting: Setting, *, of_one_rank: bool = False) -> int:
-    """As released both are gathered and stay; at the end of a backward a single rank has a copy as well."""
-    shape, sizes = setting.shape, setting.sizes
-    weights = {id(each): each for each in (shape.head, shape.embedding) if each is not None}.values()
-    if setting.num_ranks == 1 and of_one_rank:
-        return sum(sizes.rounded(each.numel * sizes.dtype_bytes) for each in weights)
-    return sum(head_bytes(setting, each) for each in weights)
+    return {**stepped, **bucket, "embeddings": embeddings, "retained_layers": retained(setting)}
 
 
 def _at_the_end(setting: Setting, stepped: Components, block: Block) -> Components:
@@ -311,19 +267,6 @@ def _as_gradients_are_joined(setting: Setting, stepped: Components) -> Component
     piece = min(JOINED_GRADIENTS, setting.num_ranks * setting.num_trained_here) * width
     joined = sizes.rounded(piece) + (sizes.rounded(piece // setting.num_ranks) if setting.num_ranks > 1 else 0)
     return {**stepped, "gradients": stepped.get("gradients", 0) + setting.whole_gradient_bytes + joined}
-
-
-def _retained(setting: Setting) -> int:
-    """As released: every packed weight that was gathered in the forward stays until its layer's backward."""
-    if setting.num_ranks == 1:
-        return 0
-    sizes = setting.sizes
-    return sum(
-        sizes.rounded(sizes.packed(weight.numel) * sizes.storage_bytes) * block.count
-        for block in setting.shape.main
-        for weight in block.weights
-        if weight.quantized
-    )
 
 
 def _in_a_backward(
@@ -344,22 +287,14 @@ def _in_a_backward(
         layer = LayerPass(setting, block, tape, tokens)
     layer.backward()
     working = dict(tape.at_peak)
-    dequantized = sum(working.pop(name, 0) for name in _DEQUANTIZED) + _updated_experts(setting, block)
+    dequantized = sum(working.pop(name, 0) for name in DEQUANTIZED) + updated_experts(setting, block)
     return {
         **stepped,
-        **_gathered(setting, block),
+        **gathered(setting, block),
         "activations": activations,
         "dequantized": dequantized,
         "working_set": sum(working.values()),
     }
-
-
-def _updated_experts(setting: Setting, block: Block) -> int:
-    """PEFT makes the update of adapted experts as a weight, and its sum with the frozen one (``ParamWrapper``)."""
-    if not setting.adapts_experts:
-        return 0
-    largest = max((weight.numel for weight in block.weights if len(weight.shape) == 3), default=0)
-    return 2 * setting.sizes.rounded(largest * setting.sizes.dtype_bytes)
 
 
 def _only_saved(setting: Setting, before: Tape) -> Tape:
@@ -370,20 +305,11 @@ def _only_saved(setting: Setting, before: Tape) -> Tape:
     return tape
 
 
-def head_bytes(setting: Setting, weight: Weight | None) -> int:
-    """The head while it is gathered; of a single rank, or without ZeRO-3, it is where it always is."""
-    if weight is None or setting.num_ranks == 1 or not setting.zero3 or setting.persists(weight):
-        return 0
-    sizes = setting.sizes
-    return sizes.rounded(setting.num_ranks * sizes.part(weight.numel, sizes.dtype_bytes))
-
-
 def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Components:
     """The backward of the loss: the head, a tile of logits, and the hidden states, their copy and their gradient."""
     shape, sizes, width = setting.shape, setting.sizes, setting.compute_bytes
     tokens, hidden = tokens_of(setting.config), shape.fact("hidden_size")
     states = sizes.rounded(tokens * hidden * width)
-    tile = min(tokens, LOSS_TOKENS) * min(LOSS_WORDS, max(shape.fact("vocab_size"), LOSS_WORDS)) * width
     norm = sizes.rounded(tokens * hidden * 4) if width != 4 else 0
     # The norm's copy of the last layer's output in fp32, its result, those of its tokens that count, and the gradient
     # of these in fp32.
@@ -394,8 +320,8 @@ def _at_the_loss(setting: Setting, stepped: Components, *, offloads: bool) -> Co
         "embeddings": head_bytes(setting, setting.shape.head),
         "gathered_layers": _gathered_at_the_loss(setting),
         "activations": _activations(setting, offloads=offloads),
-        "logits": sizes.rounded(tile) + kept + gradient,
-        "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
+        "logits": tile_of_logits(setting, tokens) + kept + gradient,
+        "retained_layers": 0 if setting.lets_go or not setting.zero3 else retained(setting),
     }
 
 
@@ -407,10 +333,10 @@ def _as_the_head_is_gathered(setting: Setting, stepped: Components, *, offloads:
     )
     return {
         **stepped,
-        "embeddings": head if setting.lets_go else _both_embeddings(setting),
+        "embeddings": head if setting.lets_go else both_embeddings(setting),
         "activations": _activations(setting, offloads=offloads),
         "on_the_way": copies,
-        "retained_layers": 0 if setting.lets_go or not setting.zero3 else _retained(setting),
+        "retained_layers": 0 if setting.lets_go or not setting.zero3 else retained(setting),
     }
 
 

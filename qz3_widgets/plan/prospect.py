@@ -17,7 +17,9 @@ from .plan import Plan, PlanError
 from .shapes import ModelShape, known_shape, model_shape
 from .strategies import StrategyFit, compare_strategies, current_strategy
 
-_WHERE = {"load": "loading", "ready": "getting ready", "step": "a step"}
+_WHERE = {
+    "load": "loading", "ready": "getting ready", "step": "a step", "eval": "an evaluation", "save": "saving",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Prospect:
             components = self.fit.forecast.phases["step"].peak
             largest = max(components, key=lambda name: components[name])
             return f"Most of it: {LABELS.get(largest, largest)}, {format_bytes(components[largest])}."
+        if phase == "eval":
+            return f"It evaluates {config.training.per_device_eval_batch_size:,} sequences at once."
         return ""
 
     def issues(self) -> tuple[Issue, ...]:

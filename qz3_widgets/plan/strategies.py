@@ -12,7 +12,8 @@ from typing import Any
 from ..config.changes import with_changes
 from ..config.schema import RunConfig
 from .fit import Fit, Machine, fit
-from .memory import PhaseForecast, tokens_of, whole_layer
+from .gathering import whole_layer
+from .memory import PhaseForecast, tokens_of
 from .shapes import ModelShape
 from .sizes import Sizes
 from .state import Setting
@@ -85,7 +86,10 @@ class StrategyFit:
         if self.fit.fits:
             narrow = ", narrowly" if self.fit.is_narrow else ""
             return f"fits{narrow}{f'; {self.strategy.note}' if self.strategy.note else ''}"
-        where = {"load": "at load", "ready": "before the first step", "step": "in a step"}
+        where = {
+            "load": "at load", "ready": "before the first step", "step": "in a step", "eval": "in an evaluation",
+            "save": "when it is saved",
+        }  # fmt: skip
         return f"out of memory {where[self.fit.first_failing or 'step']}"
 
     def to_json(self) -> dict[str, Any]:

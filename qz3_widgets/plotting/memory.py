@@ -105,7 +105,7 @@ def _draw(ax: Axes, source: MemorySource, scale: MemoryScale, *, list_ranks: boo
         )  # fmt: skip
 
 
-_EXPECTED_AT = {"load": "load", "step": "step", "ready": "engine"}
+_EXPECTED_AT = {"load": "load", "step": "step", "ready": "engine", "eval": "eval", "save": "save"}
 
 
 def _draw_expected(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
@@ -115,11 +115,13 @@ def _draw_expected(ax: Axes, source: MemorySource, scale: MemoryScale) -> None:
         own = [span for span in spans if span[0] == _EXPECTED_AT.get(phase)]
         if not own:
             continue
-        begin, end = own[0][1], own[-1][2]
-        for num_bytes in sizes.values():
-            level = num_bytes / scale.bytes_per_unit
-            if level <= scale.top:
-                ax.plot([begin, end], [level, level], color=color("text"), linewidth=1.2, dashes=(1, 1.6), zorder=6)
+        between_steps = phase in ("eval", "save")
+        stretches = [span[1:] for span in own] if between_steps else [(own[0][1], own[-1][2])]
+        for begin, end in stretches:
+            for num_bytes in sizes.values():
+                level = num_bytes / scale.bytes_per_unit
+                if level <= scale.top:
+                    ax.plot([begin, end], [level, level], color=color("text"), linewidth=1.2, dashes=(1, 1.6), zorder=6)
 
 
 def draw_ranks(ax: Axes, source: MemorySource, scale: MemoryScale) -> list[tuple[Floats, Floats]]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from ..plan.memory import PHASES, PhaseForecast
+from ..plan.memory import PhaseForecast
 from ..plan.plan import Plan
 from ..plan.prospect import Prospect, prospect
 from ..units import format_bytes, pick_unit
@@ -59,7 +59,7 @@ def plot_plan(plan: Plan | Prospect, *, ax: Axes | None = None, width_px: float 
         if ax is not None:
             _draw(ax, phases, capacity)
             return ax
-        height = _TOP + _ROW * len(PHASES) + _BOTTOM
+        height = _TOP + _ROW * len(phases) + _BOTTOM
         figure = new_figure(height, width_px)
         main = add_axes(figure, _LEFT, _TOP, width_px - _RIGHT, height - _BOTTOM)
         _draw(main, phases, capacity)
@@ -81,13 +81,12 @@ def _draw(ax: Axes, phases: Mapping[str, PhaseForecast], capacity: int | None) -
     top = max(1.08 * largest, 1.04 * capacity if capacity is not None and shown else 0.0) / size
     width, height = size_px(ax)
     ax.set_xlim(0, top)
-    ax.set_ylim(len(PHASES), 0)
+    ax.set_ylim(len(phases), 0)
     ax.yaxis.set_major_locator(FixedLocator([]))
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
-    row = height / len(PHASES)
+    row = height / len(phases)
     names: set[str] = set()
-    for place, name in enumerate(PHASES):
-        phase = phases[name]
+    for place, (name, phase) in enumerate(phases.items()):
         middle = height - (place + 0.5) * row
         put(ax, -8, middle, name, ha="right", weight="bold", color=color("text"))
         left = 0.0

@@ -18,7 +18,8 @@ from .style import WIDTH_PX, add_axes, color, new_figure, plain, run_color, size
 from .view import FigureView
 
 _COLUMNS = ["rank", "phase", "figure", "expected_bytes", "measured_bytes", "difference_bytes", "relative", "within"]
-_ORDER = [(phase, figure) for phase in ("load", "ready", "step") for figure in ("settled_bytes", "peak_bytes")]
+_PHASES = ("load", "ready", "step", "eval", "save")
+_ORDER = [(phase, figure) for phase in _PHASES for figure in ("settled_bytes", "peak_bytes")]
 _ROW, _TOP, _BOTTOM, _LEFT, _RIGHT = 26.0, 50.0, 30.0, 104.0, 216.0
 _NOTHING = "Nothing was expected of this run's memory: its plan did not know the model's shape."
 

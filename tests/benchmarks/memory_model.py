@@ -5,7 +5,8 @@
 
 Every case is a rehearsal of one rank (on a CPU without arithmetic, where memory alone is taken), or, where it says
 ``ranks``, a run of real ranks. Its figures are ``settled_bytes`` and ``peak_bytes`` of the phases load, ready and step
-(:func:`qz3_widgets.analysis.memory.peaks`). Cases of the set ``held-out`` were not looked at while the model was made.
+(:func:`qz3_widgets.analysis.memory.peaks`), and of eval and save where it says with which batch it ``evaluates``
+(:mod:`rehearse_evaluation`). Cases of the set ``held-out`` were not looked at while the model was made.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 TABLE = Path(__file__).with_name("memory_model.csv")
 SCRATCH = Path(tempfile.gettempdir()) / "qz3-memory-model"
 PHASES = ("load", "ready", "step")
+BETWEEN_STEPS = ("eval", "save")
+EVALUATING = Path(__file__).with_name("rehearse_evaluation.py")
 COLUMNS = ("case", "set", "device", "device_name", "capacity_bytes", "world_size", "real_ranks", "changes", "measured")
 TO_FILL_GIB = 64
 """Of a GPU, that cases share which run at once: by what is predicted of them."""
@@ -39,6 +43,7 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     held_out: bool = False
     ranks: bool = False  # real ones, that share the device
+    evaluates: int = 0  # sequences in a batch of the evaluation; 0: there is none
 
     def fields(self) -> dict[str, Any]:
         """Fields of the configuration."""
@@ -47,11 +52,13 @@ class Case:
             "model.name_or_path": f"random:{self.shape}",
             "data.max_length": length,
             "training.per_device_train_batch_size": batch,
+            **({"training.per_device_eval_batch_size": self.evaluates} if self.evaluates else {}),
             **self.changes,
         }
 
 
 R, CKPT, TARGETS = "lora.r", "training.activation_checkpointing", "lora.target_modules"
+ACCUMULATE = "training.gradient_accumulation_steps"
 CPU_CASES = (
     Case("1b-1", "llama-3.2-1b@2", 1, "1x512"),
     Case("1b-4", "llama-3.2-1b@4", 4, "1x1024"),
@@ -90,6 +97,24 @@ CPU_CASES = (
     Case("1b-2-none", "llama-3.2-1b@8", 2, "1x512", {CKPT: "none"}, held_out=True),
     Case("8b-attention", "llama-3.1-8b@4", 8, "1x1024", {TARGETS: ["q_proj", "k_proj", "v_proj", "o_proj"], R: 32},
          held_out=True),
+    Case("eval-8b-8", "llama-3.1-8b@4", 8, "1x1024", evaluates=4),
+    Case("eval-8b-8-batch", "llama-3.1-8b@4", 8, "1x1024", evaluates=32),
+    Case("eval-8b-1", "llama-3.1-8b@2", 1, "1x1024", evaluates=16),
+    Case("eval-8b-unfused", "llama-3.1-8b@4", 8, "1x1024", {"zero.fused_gather": False}, evaluates=8),
+    Case("eval-8b-retained", "llama-3.1-8b@4", 8, "1x1024", {"zero.release_gathered": False}, evaluates=8),
+    Case("eval-8b-none", "llama-3.1-8b@2", 8, "1x512", {CKPT: "none", ACCUMULATE: 4}, evaluates=16),
+    Case("eval-1b-2", "llama-3.2-1b@4", 2, "1x512", {R: 128}, evaluates=32),
+    Case("eval-70b-8", "llama-3.1-70b@2", 8, "1x2048", evaluates=8),
+    Case("eval-qwen3-4", "qwen3-8b@4", 4, "1x1024", evaluates=16),
+    Case("eval-gemma-8", "gemma-3-27b@2", 8, "1x1024", evaluates=16),
+    Case("eval-mixtral-8", "mixtral-8x7b@2", 8, "1x1024", evaluates=8),
+    Case("eval-3b-2", "llama-3.2-3b@4", 2, "1x2048", evaluates=8, held_out=True),
+    Case("eval-mistral-4", "mistral-7b@4", 4, "2x512", evaluates=64, held_out=True),
+    Case("eval-qwen3-32b-8", "qwen3-32b@2", 8, "1x4096", evaluates=2, held_out=True),
+    Case("eval-405b-8", "llama-3.1-405b@2", 8, "1x1024", evaluates=16, held_out=True),
+    Case("eval-8b-attention", "llama-3.1-8b@4", 8, "1x1024", {TARGETS: ["q_proj", "v_proj"], R: 32}, evaluates=32,
+         held_out=True),
+    Case("eval-qwen3-moe-8", "qwen3-30b-a3b@2", 8, "1x512", evaluates=16, held_out=True),
 )  # fmt: skip
 
 STOCK = {
@@ -97,7 +122,7 @@ STOCK = {
     "zero.leaf_modules": "none",
 }  # fmt: skip
 PLAIN = {"model.load_strategy": "replicated", "zero.zero_stage": 0}
-ACCUMULATE, OFFLOAD = "training.gradient_accumulation_steps", "training.activation_offload"
+OFFLOAD = "training.activation_offload"
 DOUBLE = "quantization.bnb_4bit_use_double_quant"
 CUDA_CASES = (
     Case("1b-1-nccl", "llama-3.2-1b", 1, "1x1024", ranks=True),
@@ -147,6 +172,11 @@ CUDA_CASES = (
     Case("qwen3-moe-8", "qwen3-30b-a3b@12", 8, "1x1024", held_out=True),
     Case("mixtral-4", "mixtral-8x7b@6", 4, "2x512", held_out=True),
     Case("qwen3-14b-8192", "qwen3-14b", 8, "1x8192", held_out=True),
+    Case("eval-8b-8", "llama-3.1-8b", 8, "1x1024", evaluates=4),
+    Case("eval-8b-8-batch", "llama-3.1-8b@16", 8, "1x1024", evaluates=64),
+    Case("eval-1b-2-shared", "llama-3.2-1b", 2, "1x512", evaluates=16, ranks=True),
+    Case("eval-qwen3-4", "qwen3-8b", 4, "1x1024", evaluates=32, held_out=True),
+    Case("eval-70b-8", "llama-3.1-70b@40", 8, "1x2048", evaluates=8, held_out=True),
 )  # fmt: skip
 
 
@@ -174,7 +204,10 @@ def begin(case: Case, device: str) -> Any:
         plan = make_plan(with_changes(config, {**ranks, **steps}))
     else:
         plan = make_rehearsal(config, case.world_size, steps=3)
-    return start(plan, runs_dir=SCRATCH / "runs")
+    if not case.evaluates:
+        return start(plan, runs_dir=SCRATCH / "runs")
+    with patch("qz3_widgets.launch.directory.find_train_script", lambda: EVALUATING):
+        return start(plan, runs_dir=SCRATCH / "runs")
 
 
 def _texts() -> Path:
@@ -191,7 +224,7 @@ def read(case: Case, device: str, run: Any) -> dict[str, str]:
     trace = run.memory()
     table = peaks(trace)
     measured = {}
-    for phase in PHASES:
+    for phase in (*PHASES, *(BETWEEN_STEPS if case.evaluates else ())):
         rows = table[table["phase"] == phase]
         measured[phase] = {name: int(rows[name].max()) for name in ("settled_bytes", "peak_bytes")}
     (header, *_) = trace.headers.values()

@@ -28,7 +28,7 @@ SCALARS = 1024
 """Bytes: numbers that libraries keep as tensors."""
 
 
-def start(runs: Runs, key: str, changes: str = "") -> Run:
+def start(runs: Runs, key: str, changes: str = "", **more: Any) -> Run:
     file = runs.folder / "small.json"
     file.write_text(json.dumps(read_shape("tiny-llama") | SHAPE))
     fields: dict[str, Any] = {
@@ -37,6 +37,7 @@ def start(runs: Runs, key: str, changes: str = "") -> Run:
         "data__eval_source": None,
         "data__eval_fraction": 0.0,
         "training__max_steps": 2,
+        **more,
     }
     model_shape(runs.config(**fields))  # at hand from now on
     runs.together({key: fields}, changes={key: changes})
@@ -53,8 +54,17 @@ def test_a_run_is_as_planned(well: dict[str, Any]) -> None:
     assert truth["ok"], truth["sentence"]
     assert truth["sentence"].startswith("as expected")
     assert {(row["rank"], row["phase"]) for row in truth["rows"]} == {
-        (rank, phase) for rank in (0, 1) for phase in ("load", "ready", "step")
+        (rank, phase) for rank in (0, 1) for phase in ("load", "ready", "step", "save")
     }
+
+
+def test_an_evaluation_leaves_what_is_planned(runs: Runs) -> None:
+    """Its peak on a CPU is the kernels' own, and is told, not judged."""
+    changes = {"data__eval_source": str(runs.held_out), "training__per_device_eval_batch_size": 4}
+    truth = summarize(start(runs, "truth-evaluated", **changes))["expected_against_measured"]
+    assert truth["ok"], truth["sentence"]
+    settled = [row for row in truth["rows"] if (row["phase"], row["figure"]) == ("eval", "settled_bytes")]
+    assert [row["rank"] for row in settled] == [0, 1]
 
 
 def test_what_is_settled_after_the_load_is_exact(well: dict[str, Any]) -> None:

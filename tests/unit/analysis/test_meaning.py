@@ -35,7 +35,7 @@ def with_peak(gib: float) -> Shape:
 def test_runs_that_need_different_gpus(runs_dir: Path) -> None:
     assert (
         sentence(runs_dir, {}, {})
-        == "a (at most 40.6 GiB) fits GPUs of 48 GiB; b (at most 10.8 GiB) fits GPUs of 16 GiB."
+        == "a (at most 40.6 GiB) fits GPUs of 48 GiB, narrowly; b (at most 10.8 GiB) fits GPUs of 16 GiB."
     )
 
 
@@ -63,7 +63,10 @@ def test_two_failed_runs_tell_nothing(runs_dir: Path) -> None:
 @pytest.mark.parametrize("state", ["running", "cancelled"])
 def test_an_unfinished_run_is_known_as_far_as_it_came(runs_dir: Path, state: str) -> None:
     text = sentence(runs_dir, {"state": state, "num_steps": 4, "max_steps": 40}, {})
-    assert text == "a (at most 40.6 GiB up to step 4) fits GPUs of 48 GiB; b (at most 10.8 GiB) fits GPUs of 16 GiB."
+    assert (
+        text
+        == "a (at most 40.6 GiB up to step 4) fits GPUs of 48 GiB, narrowly; b (at most 10.8 GiB) fits GPUs of 16 GiB."
+    )
 
 
 def test_what_lies_beside_the_allocator_counts(runs_dir: Path) -> None:

@@ -87,6 +87,26 @@ def test_a_step_may_take_less_and_a_load_may_not(run: Run) -> None:
     assert not truth_of(run)["ok"]
 
 
+def test_an_evaluation_may_take_less_and_not_more_and_what_a_save_leaves_is_not_compared(tmp_path: Path) -> None:
+    run = Run(make_run(tmp_path, world_size=2, shape=GPU_70B, num_steps=4, eval_steps=2, spread=0.0))
+    table = peaks(run.memory())
+    between = {
+        phase: {name: int(table[table["phase"] == phase][name].max()) for name in ("settled_bytes", "peak_bytes")}
+        for phase in ("eval", "save")
+    }
+    expect(run, {**sizes_of(run), **between})
+    truth = truth_of(run)
+    assert truth["ok"], truth["sentence"]
+    compared = {(row["phase"], row["figure"]) for row in truth["rows"]}
+    assert ("eval", "settled_bytes") in compared
+    assert ("save", "peak_bytes") in compared
+    assert ("save", "settled_bytes") not in compared
+    for phase, sizes in between.items():
+        for scale, well in ((2.0, True), (0.5, False)):
+            expect(run, {**sizes_of(run), phase: {**sizes, "peak_bytes": int(sizes["peak_bytes"] * scale)}})
+            assert truth_of(run)["ok"] is well, (phase, scale)
+
+
 def test_on_a_cpu_peaks_are_told_and_not_judged(run: Run) -> None:
     expect(run, sizes_of(run), peak=10.0)
     assert set(expected_sizes(run)["step"]) == {"settled_bytes"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
 from types import ModuleType
@@ -39,6 +40,8 @@ LIMITS = {"settled_bytes": 0.01, "peak_bytes": 0.08}
 # Parts of 1 to 3 MiB, of the 3B shape alone: what torch's allocator does not split off a block is settled too, up to 1
 # MiB of each, and depends on the order in which blocks become free.
 UNSPLIT = {("3b-4", "load"): 0.022, ("3b-2-r64", "load"): 0.015}
+# On a CPU the adapter that was written stays until Python collects its garbage: a cycle in DeepSpeed's gathering.
+UNCOLLECTED = {("eval-8b-unfused", "save"): 0.033}
 
 
 def test_the_table_is_there() -> None:
@@ -46,20 +49,25 @@ def test_the_table_is_there() -> None:
         rows = [row for row in ROWS if row["device"] == device]
         assert len(rows) >= 30
         assert sum(row["set"] == "held-out" for row in rows) >= len(rows) * 0.3
-    assert len(ERRORS) == 6 * len(ROWS)
+        evaluating = [row for row in rows if "eval" in json.loads(row["measured"])]
+        assert len(evaluating) >= 5
+        assert sum(row["set"] == "held-out" for row in evaluating) >= len(evaluating) * 0.3
+    assert len(ERRORS) == sum(2 * len(json.loads(row["measured"])) for row in ROWS)
 
 
 @pytest.mark.parametrize("case, which, phase, figure, predicted, measured", ERRORS)
 def test_predicted_is_measured(case: str, which: str, phase: str, figure: str, predicted: int, measured: int) -> None:
     limit = LIMITS[figure]
     if figure == "settled_bytes":
-        limit = UNSPLIT.get((case, phase), limit)
+        limit = (UNSPLIT | UNCOLLECTED).get((case, phase), limit)
     assert predicted == pytest.approx(measured, rel=limit), f"{case} ({which}), {phase}"
 
 
+@pytest.mark.parametrize("phases", [("load", "ready", "step"), ("eval",), ("save",)])
 @pytest.mark.parametrize("which", ["tuned", "held-out"])
-def test_peaks_are_close_on_average(which: str) -> None:
-    errors = [abs(p / m - 1) for _, own, _, figure, p, m in ERRORS if own == which and figure == "peak_bytes"]
+def test_peaks_are_close_on_average(which: str, phases: tuple[str, ...]) -> None:
+    wanted = (which, "peak_bytes")
+    errors = [abs(p / m - 1) for _, own, phase, fig, p, m in ERRORS if (own, fig) == wanted and phase in phases]
     assert sum(errors) / len(errors) < 0.03
 
 
@@ -119,6 +127,34 @@ def test_what_costs_memory_and_what_saves_it(changes: dict[str, Any], grows: boo
     before = predicted(base, 8).phases["step"].peak_bytes
     after = predicted(with_changes(base, changes), 8).phases["step"].peak_bytes
     assert (after > before) is grows
+
+
+def test_a_run_without_evaluation_has_no_such_phase() -> None:
+    base = with_changes(RunConfig(), {"model.name_or_path": "random:llama-3.1-8b"})
+    assert list(predicted(base, 8).phases) == ["load", "ready", "step", "eval", "save"]
+    assert list(predicted(with_changes(base, {"data.eval_fraction": 0.0}), 8).phases) == [
+        "load", "ready", "step", "save",
+    ]  # fmt: skip
+
+
+def test_a_large_batch_makes_the_evaluation_the_fullest_phase() -> None:
+    base = with_changes(RunConfig(), {"model.name_or_path": "random:llama-3.1-8b", "data.max_length": 1024})
+    small, large = (predicted(with_changes(base, {"training.per_device_eval_batch_size": size}), 8) for size in (1, 64))
+    assert small.fullest == "step"
+    assert large.fullest == "eval"
+    assert large.phases["step"] == small.phases["step"]
+    longer = predicted(with_changes(base, {"training.per_device_eval_batch_size": 64, "data.max_length": 2048}), 8)
+    assert longer.phases["eval"].peak_bytes > 1.8 * large.phases["eval"].peak_bytes
+
+
+def test_what_is_saved_is_brought_together_module_by_module() -> None:
+    """Fused experts are one module, the largest of all; with offloaded shards they come to the device all the same."""
+    base = with_changes(RunConfig(), {"model.name_or_path": "random:mixtral-8x7b"})
+    saved = predicted(base, 8).phases["save"]
+    assert saved.moment == "experts is brought together"
+    assert saved.peak["embeddings"] > 2 * GIB
+    plain = predicted(with_changes(base, {"zero.zero_stage": 0, "model.load_strategy": "replicated"}), 8)
+    assert plain.phases["save"].peak_bytes == plain.phases["save"].settled_bytes
 
 
 def test_activations_in_host_memory_are_chosen_by_the_gpus_size() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from qz3_widgets.config.changes import with_changes
 from qz3_widgets.config.presets import preset
-from qz3_widgets.plan.fit import largest
+from qz3_widgets.plan.fit import Fit, largest
 from qz3_widgets.plan.imagined import on_imagined
 from qz3_widgets.plan.plan import PlanError
 from qz3_widgets.plan.prospect import Prospect, prospect, refuse_if_too_large
@@ -143,9 +144,33 @@ def test_a_bar(size: float, expected: str) -> None:
     assert bar(size, 8, 8) == expected
 
 
+def test_an_evaluation_that_does_not_fit_is_named_and_mended() -> None:
+    config = with_changes(preset("llama-3.1-8b"), {"training.per_device_eval_batch_size": 256})
+    found = prospect(on_imagined(config, 2, 24))
+    assert found.fit.first_failing == "eval"
+    assert found.verdict.startswith("Does not fit: an evaluation needs ")
+    assert found.verdict.endswith("It evaluates 256 sequences at once.")
+    assert found.advice[0].change == {"training.per_device_eval_batch_size": 1}
+    assert found.advice[0].fit.fits
+    text = shown(found)
+    assert "eval: fullest as the middle LlamaDecoderLayer computes" in text
+    assert {line.split()[0] for line in text.splitlines() if "▕" in line or "▶" in line} >= {"eval", "save"}
+    current = next(each for each in found.strategies if each.is_current)
+    assert current.verdict == "out of memory in an evaluation"
+
+
+def test_what_comes_and_goes_makes_a_fit_narrow() -> None:
+    found = look("llama-3.1-8b", 2, 24).fit
+    fullest = found.forecast.phases[found.forecast.fullest]
+    spare = int(0.3 * (fullest.peak_bytes - fullest.settled_bytes))
+    for free, narrow in ((spare - 1, True), (max(spare, int(0.05 * fullest.peak_bytes)) + 1, False)):
+        machine = replace(found.machine, capacity_bytes=found.needed_bytes + free)
+        assert Fit(found.forecast, machine).is_narrow is narrow
+
+
 def test_expectation_is_written_with_the_plan(tmp_path: Path) -> None:
     content = on_imagined(preset("llama-3.1-8b"), 2, 24).to_json()["expected"]
-    assert set(content["phases"]) == {"load", "ready", "step"}
+    assert list(content["phases"]) == ["load", "ready", "step", "eval", "save"]
     names = {suspect["name"] for suspect in content["suspects"]}
     assert {"not-sharded-at-load", "not-let-go", "not-quantized"} <= names
     json.dumps(content)
