@@ -1,10 +1,10 @@
-"""The memory model: what each rank's allocator will hold, at load, when ready, and in a step; settled and at its peak.
+"""The memory model: what each rank's allocator will hold in each phase, from load to save; settled and at its peak.
 
 A phase's figures mean what :func:`qz3_widgets.analysis.memory.peaks` measures: bytes that torch's allocator has handed
 out, ``settled`` at the end of the phase, ``peak`` the most at once. What comes on top of the allocator (the CUDA
-context, NCCL, fragmentation) is :mod:`.overhead`'s. The terms are in :mod:`.state` (what is held between steps) and
-:mod:`.layer_pass` (what a layer takes while it computes); this module puts them together, moment by moment, and takes
-the fullest.
+context, NCCL, fragmentation) is :mod:`.overhead`'s. The terms are in :mod:`.state` (what is held between steps),
+:mod:`.layer_pass` (what a layer takes while it computes) and :mod:`.gathering` (what is whole for a while); this module
+puts them together, moment by moment, and takes the fullest. Evaluation and saving are :mod:`.between_steps`'s.
 """
 
 from __future__ import annotations
