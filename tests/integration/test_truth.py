@@ -26,7 +26,6 @@ SHAPE = {
 }
 
 
-
 def start(runs: Runs, key: str, changes: str = "", **more: Any) -> Run:
     file = runs.folder / "small.json"
     file.write_text(json.dumps(read_shape("tiny-llama") | SHAPE))
