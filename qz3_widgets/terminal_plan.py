@@ -120,9 +120,7 @@ def _show_components(found: Prospect, console: Console) -> None:
     console.print()
     show_table(table, console)
     for name, phase in phases.items():
-        console.print(
-            f"  {name}: fullest as {escape(phase.moment)}", style="dim", highlight=False, soft_wrap=True
-        )
+        console.print(f"  {name}: fullest as {escape(phase.moment)}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _cell(value: float, size: float) -> str:

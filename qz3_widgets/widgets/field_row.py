@@ -12,6 +12,7 @@ from ..config.form import FormField
 from ..config.problems import ConfigError
 from ..markup import escape
 from .panel import button, close_all, options
+from .plan_html import value_word
 
 _GLYPHS = {"error": "✕", "warning": "!", "info": "i"}
 
@@ -143,7 +144,7 @@ class FieldRow:
             label = ", ".join(
                 self.known.show(value) or "empty"
                 if path == self.known.path
-                else f"{path.rpartition('.')[2]} {_word(value)}"
+                else f"{path.rpartition('.')[2]} {value_word(value)}"
                 for path, value in fix.items()
             )
             children.append(
@@ -176,11 +177,3 @@ class FieldRow:
 
 def _short(text: str) -> str:
     return text if len(text) <= 28 else f"{text[:27]}…"
-
-
-def _word(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "empty"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )

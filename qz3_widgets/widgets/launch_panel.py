@@ -20,6 +20,7 @@ from ..plan.prospect import Prospect, prospect_at_hand
 from ..plan.rehearsal import make_rehearsal
 from ..runs.store import Run
 from .panel import Panel, box, button, handler, region, set_html, show
+from .plan_html import value_word
 from .queue_box import QueueBox
 
 _GLYPHS = {"error": "✕", "warning": "!", "info": "i"}
@@ -259,7 +260,7 @@ def _preflight(problems: Iterable[Problem], issues: Iterable[Issue], found: Pros
     ]
     for issue in issues:
         kind = "qz3-bad" if issue.severity == "error" else ""
-        fix = ", ".join(f"{path.rpartition('.')[2]} → {_word(value)}" for path, value in (issue.fix or {}).items())
+        fix = ", ".join(f"{path.rpartition('.')[2]} → {value_word(value)}" for path, value in (issue.fix or {}).items())
         rows.append(
             [
                 Cell(f"{_GLYPHS[issue.severity]} {issue.severity}", kind),
@@ -274,7 +275,3 @@ def _preflight(problems: Iterable[Problem], issues: Iterable[Issue], found: Pros
         return f"{title}{memory}<p>Nothing stands in the way.</p>"
     head = [Cell("what"), Cell("field"), Cell("finding"), Cell("fix")]
     return f"{title}{memory}{table(head, rows, caption='Preflight')}"
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else "empty" if value is None else str(value)

@@ -26,7 +26,7 @@ from ..runs.store import Run, open_run
 from . import background
 from . import live_html as html
 from .follow import FollowedRun, Now
-from .log_box import ALL, LogBox
+from .log_box import ALL, MOST_BUTTONS, LogBox
 from .panel import close_parts, log_fault
 
 POLL_SECONDS = 0.5
@@ -35,7 +35,6 @@ _DRAW_SHARE = 50
 _MIN_DRAW_SECONDS = 1.0
 _LARGE_BYTES = 32 * 2**20  # of traces: the first look then takes more than a moment, and a cell does not wait for it
 _REGIONS = ("head", "cause", "progress", "badges", "memory", "loss", "ranks", "time", "error")
-_MOST_BUTTONS = 16  # of ranks; more are in a drop-down
 
 
 @dataclass
@@ -265,7 +264,7 @@ class LiveRun(widgets.VBox):  # type: ignore[misc]
 
     def _make_rank_choice(self) -> Any:
         choices: list[tuple[str, Any]] = [("All ranks", ALL), *((str(i), i) for i in range(self._num_ranks))]
-        kind = widgets.ToggleButtons if self._num_ranks <= _MOST_BUTTONS else widgets.Dropdown
+        kind = widgets.ToggleButtons if self._num_ranks <= MOST_BUTTONS else widgets.Dropdown
         made = kind(options=choices, value=ALL, description="Memory of")
         made.add_class("qz3-filter")
         made.add_class("qz3-live-choice")

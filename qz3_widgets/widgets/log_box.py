@@ -13,7 +13,7 @@ from ..runs.logs import LEVELS, LogLine, log_path, read_log
 from ..runs.store import Run
 from .panel import Later, box
 
-_MOST_BUTTONS = 16  # of ranks; more are in a drop-down
+MOST_BUTTONS = 16  # of ranks; more are in a drop-down
 _LINES = 200
 # What follows a log looks at its very end; who looks for something waits a moment for more of it.
 _FOLLOW_BYTES = 256 * 2**10
@@ -41,7 +41,7 @@ class LogBox:
         self.run = run
         self._guard = guard
         ranks: list[tuple[str, Any]] = [("All", ALL), *((str(rank), rank) for rank in range(num_ranks))]
-        few = num_ranks <= _MOST_BUTTONS
+        few = num_ranks <= MOST_BUTTONS
         self.rank = (widgets.ToggleButtons if few else widgets.Dropdown)(options=ranks, value=ALL, description="Rank")
         self.rank.add_class("qz3-filter")
         self.level = widgets.Dropdown(

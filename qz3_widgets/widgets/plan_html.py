@@ -72,14 +72,15 @@ def file_text(text: str, new: Collection[int]) -> str:
 
 def change_words(change: Mapping[str, object]) -> str:
     """A change as a button says it: names without their sections."""
-    return ", ".join(f"{path.rpartition('.')[2]} {_word(value)}" for path, value in change.items())
+    return ", ".join(f"{path.rpartition('.')[2]} {value_word(value)}" for path, value in change.items())
 
 
 def change_options(change: Mapping[str, object]) -> str:
     """A change as the command takes it."""
-    words = (f"{path}={'null' if value is None else _word(value)}" for path, value in change.items())
+    words = (f"{path}={'null' if value is None else value_word(value)}" for path, value in change.items())
     return " ".join(f"--set {shlex.quote(word)}" for word in words)
 
 
-def _word(value: object) -> str:
+def value_word(value: object) -> str:
+    """A plain value of a field, as buttons and tables say it."""
     return str(value).lower() if isinstance(value, bool) else "empty" if value is None else str(value)
